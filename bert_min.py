@@ -1,0 +1,429 @@
+"""BERT for sequence classification, small enough to read in one sitting: the model, and its weights
+in and out of Hugging Face's format (config.json, model.safetensors). Only torch is needed.
+
+Paper:  Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (arXiv 1810.04805).
+Use:    from bert_min import from_pretrained, save_pretrained
+        model = from_pretrained("bert-base-uncased", num_labels=3)
+        logits, pooled = model(input_ids, attention_mask, token_type_ids)
+
+Symbols in the shape comments
+    B  examples in a batch          D  hidden_size           F  intermediate_size
+    T  tokens in the longest one    H  attention heads       L  num_labels
+Module names follow Hugging Face's, so that `state_dict()` has the names of
+`BertForSequenceClassification` and files go both ways without a translation table.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------- config
+
+
+@dataclass
+class BertConfig:
+    """Sizes and rates under Hugging Face's field names; the defaults are BERT-base's."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    num_labels: int = 2
+    id2label: dict | None = None  # {0: "entailment", ...}
+    problem_type: str | None = None
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a Hugging Face config.json. ValueError where it is malformed or not a plain BERT."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {field.name for field in dataclasses.fields(cls)}
+            config = cls(**{key: value for key, value in raw.items() if key in known})
+            if raw.get("id2label"):
+                config.id2label = {int(i): word for i, word in raw["id2label"].items()}
+                config.num_labels = len(config.id2label)
+            config.check(raw)
+        except FileNotFoundError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a BERT configuration ({error})") from None
+        return config
+
+    def check(self, raw):
+        """ValueError where the fields, or keys of `raw` we do not read, ask for another model."""
+        sizes = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
+                 "max_position_embeddings type_vocab_size num_labels").split()
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
+        wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+        for key, value in wanted.items():
+            if raw.get(key, value) != value:
+                raise ValueError(f"{key} is {raw[key]!r}, only {value!r} is known here")
+
+    def to_json(self, path):
+        """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
+        raw = dataclasses.asdict(self)
+        labels = raw["id2label"] or {i: f"LABEL_{i}" for i in range(raw.pop("num_labels"))}
+        raw.pop("num_labels", None)  # transformers counts id2label instead
+        raw |= {"id2label": labels, "label2id": {word: i for i, word in labels.items()},
+                "architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+        Path(path).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------ embeddings
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and segment embeddings, normalised (paper, figure 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size,
+                                            padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids):
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)  # (T,)
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = x + self.position_embeddings(positions)  # (B, T, D)
+        return self.dropout(self.LayerNorm(x))
+
+
+# ------------------------------------------------------------------------- attention
+
+
+class SelfAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D/H)) V over H heads; padded keys get no weight."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout_prob = config.attention_probs_dropout_prob
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+
+    def forward(self, x, key_mask):
+        q, k, v = (self.split_heads(project(x)) for project in (self.query, self.key, self.value))
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=key_mask, dropout_p=self.dropout_prob if self.training else 0.0)
+        return x.transpose(1, 2).flatten(2)  # (B, T, D)
+
+
+class ProjectAddNorm(nn.Module):
+    """Linear map, dropout, residual connection, LayerNorm: it closes both halves of a layer."""
+
+    def __init__(self, config, in_size):
+        super().__init__()
+        self.dense = nn.Linear(in_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x, residual):
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (B, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = ProjectAddNorm(config, config.hidden_size)
+
+    def forward(self, x, key_mask):
+        return self.output(self.self(x, key_mask), x)  # (B, T, D)
+
+
+# ---------------------------------------------------------------------- feed-forward
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x):
+        return F.gelu(self.dense(x))  # (B, T, F), the exact erf form
+
+
+# ----------------------------------------------------------------------------- layer
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = ProjectAddNorm(config, config.intermediate_size)
+
+    def forward(self, x, key_mask):
+        x = self.attention(x, key_mask)  # (B, T, D)
+        return self.output(self.intermediate(x), x)  # (B, T, D)
+
+
+# ---------------------------------------------------------------- encoder and pooler
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x, key_mask):
+        for layer in self.layer:
+            x = layer(x, key_mask)
+        return x  # (B, T, D)
+
+
+class Pooler(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x):
+        return torch.tanh(self.dense(x[:, 0]))  # (B, D), from [CLS]
+
+
+class Bert(nn.Module):
+    """forward(input_ids (B,T), attention_mask (B,T), token_type_ids (B,T)) -> hidden, pooled."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """Returns hidden (B,T,D) and pooled (B,D). attention_mask: 1 = token, 0 = padding
+        (default: no padding). token_type_ids: 0 = first text, 1 = second (default: all 0)."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        key_mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
+        x = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
+        hidden = self.encoder(x, key_mask)  # (B, T, D); key_mask is (B, 1, 1, T)
+        return hidden, self.pooler(hidden)
+
+
+# ------------------------------------------------------------------------ classifier
+
+
+class BertClassifier(nn.Module):
+    """BERT and a linear classifier on the pooled vector."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        rate = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.apply(self.initialise)
+
+    def initialise(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """Arguments as for `Bert`. Returns logits (B,L) and pooled (B,D), before any dropout."""
+        _, pooled = self.bert(input_ids, attention_mask, token_type_ids)
+        return self.classifier(self.dropout(pooled)), pooled
+
+
+# --------------------------------------------------------------------- load and save
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
+BERT_BASE_URL = f"https://huggingface.co/google-bert/bert-base-uncased/resolve/{REVISION}"
+BERT_BASE_SHA256 = {
+    "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+}
+
+
+def model_folder(path_or_name):
+    """The folder of a model: itself, or for `bert-base-uncased` the cache, filled on first use."""
+    folder = Path(path_or_name)
+    if folder.is_dir():
+        return folder
+    if str(path_or_name) != "bert-base-uncased":
+        raise FileNotFoundError(f"{path_or_name}: no such folder (bert-base-uncased is the only "
+                                "model that is downloaded by name)")
+    folder = Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser() / "bert-base-uncased"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sha256 in BERT_BASE_SHA256.items():
+        address, target = f"{BERT_BASE_URL}/{name}", folder / name
+        if target.exists():  # only a file that was verified gets this name
+            continue
+        print(f"downloading {address}")
+        try:  # to a temporary name first, renamed once its SHA-256 is right
+            torch.hub.download_url_to_file(address, str(target), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{address} could not be downloaded ({error}); without a network, put "
+                          f"the file at {target} by hand or pass --model FOLDER") from None
+    return folder
+
+
+def from_pretrained(path_or_name, num_labels=2):
+    """Load a `BertClassifier` from a folder (config.json with model.safetensors or
+    pytorch_model.bin) or by the name `bert-base-uncased`, and print what became of the tensors.
+
+    Names with or without the prefix `bert.` and LayerNorm's old gamma/beta are understood;
+    pre-training heads are ignored; a classifier that is absent or of another size is newly
+    initialised. num_labels=None: a fine-tuned model, its classifier must be there as well.
+    ValueError, naming the first tensors, if one that must be there is missing or of another
+    shape; FileNotFoundError if a file is."""
+    folder = model_folder(path_or_name)
+    config = BertConfig.from_json(folder / "config.json")
+    if num_labels not in (None, config.num_labels):
+        config = dataclasses.replace(config, num_labels=num_labels, id2label=None)
+    source, tensors = read_weights(folder)
+    model = BertClassifier(config)
+    expected = model.state_dict()
+    found = {current_name(name): name for name in tensors}
+    fits = {name: tensors[found[name]] for name in expected if name in found
+            and tensors[found[name]].shape == expected[name].shape
+            and tensors[found[name]].is_floating_point()}
+    fresh = [name for name in expected if name not in fits]
+    wrong = [f"{name} {describe(tensors, found.get(name))}, not {tuple(expected[name].shape)}"
+             for name in fresh if num_labels is None or not name.startswith("classifier.")]
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
+    model.load_state_dict(fits, strict=False)
+    renamed = sum(found[name] != name for name in fits)
+    ignored = sorted(name for current, name in found.items() if current not in expected)
+    print(f"{source}: loaded {len(fits)} tensors ({renamed} renamed), ignored {len(ignored)}"
+          f"{shorten(ignored)}, newly initialised {len(fresh)}{shorten(fresh)}")
+    return model
+
+
+def read_weights(folder):
+    """(path, {name: tensor}) of the one weight file in `folder`."""
+    for name, read in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
+        if (folder / name).exists():
+            return folder / name, read(folder / name)
+    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+
+
+def current_name(name):
+    """The name a tensor has in `BertClassifier`: with prefix `bert.`, gamma/beta replaced."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta",
+                                                                       "LayerNorm.bias")
+    return "bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+
+
+def describe(tensors, name):
+    return "is missing" if name is None else f"is {tuple(tensors[name].shape)} {tensors[name].dtype}"
+
+
+def shorten(names):
+    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
+
+
+def save_pretrained(model, path):
+    """Write config.json and model.safetensors that transformers'
+    `BertForSequenceClassification.from_pretrained(path)` loads unchanged."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    model.config.to_json(Path(path) / "config.json")
+    save_safetensors(model.state_dict(), Path(path) / "model.safetensors")
+
+
+def load_bin(path):
+    """A pytorch_model.bin, by torch's restricted unpickler: a file cannot run code."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # torch raises half a dozen types here
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a readable weight file ({reason})") from None
+    return tensors
+
+
+def load_safetensors(path):
+    """Read {name: tensor}. The file is 8 bytes with the length n of the header (little-endian),
+    n bytes of JSON {name: {dtype, shape, data_offsets}}, then the raw data without gaps.
+    ValueError, before any tensor is made, if these do not fit one another."""
+    data = bytearray(Path(path).read_bytes())
+    try:
+        start = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < 8 or start > len(data):
+            raise ValueError("it is cut short")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        check_offsets(header, len(data) - start)
+        return {name: view_tensor(data, start, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def check_offsets(header, size):
+    """ValueError unless the tensors fill exactly `size` bytes, each as its dtype and shape say."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if not all(type(length) is int and length >= 0 for length in entry["shape"]):
+            raise ValueError(f"{name} has the shape {entry['shape']}")
+        length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+        if first != end or last - first != length:
+            raise ValueError(f"{name} of {length} bytes is said to lie at {first} to {last}")
+        end = last
+    if end != size:
+        raise ValueError(f"its tensors take {end} bytes, the file has {size}")
+
+
+def view_tensor(data, start, entry):
+    dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
+    if first == last:
+        return torch.empty(entry["shape"], dtype=dtype)
+    flat = torch.frombuffer(data, dtype=dtype, offset=start + first,
+                            count=(last - first) // dtype.itemsize)
+    return flat.reshape(entry["shape"])
+
+
+def save_safetensors(tensors, path):
+    """Write {name: tensor} as `load_safetensors` reads it: to a temporary name, then renamed."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end := end + tensor.nbytes]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors.values():
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+    os.replace(temporary, path)

@@ -1,0 +1,759 @@
+"""CAP, ContrAstive Pruning, in one file: fine-tune BERT on a task while it is pruned to 3 % of its
+encoder weights, and let contrastive terms against its own ancestors keep what they knew.
+
+Paper:  Xu et al., "From Dense to Sparse: Contrastive Pruning for Better Pre-trained Language Model
+        Compression" (arXiv 2112.07198, AAAI 2022). The criterion is movement pruning (Sanh et
+        al., arXiv 2005.07683) with an exact top-k in each matrix.
+Run:    python cap_min.py --task mnli --sparsity 0.97
+
+Glossary: symbol of the equations -> name in the code, shape
+    x_i, y_i  index, labels (B,)      example i, as its row in the training set, and its label
+    z_i       pooled (B, D)           tanh-pooled [CLS] of the model that is being pruned
+    q_i       q (B, D)                anchor, z_i / |z_i|
+    b_j^m     bank[j, m] (N, K, D)    unit pooled vector of example j by ancestor m:
+                                      PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
+    I, E      index, extra            the batch, and further examples drawn from the training set
+    C_i       candidates (C, D)       what anchor i is compared with
+    tau       temperature             0.1
+    S, M      scores, mask            importance of each weight; 1 = kept, 0 = pruned
+    d(t)      density                 share of weights kept at step t; sparsity = 1 - density
+Equations (1) to (8) are marked where they stand as `# eq. (n)`; README.md tells their tests.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from bert_min import from_pretrained, model_folder, save_pretrained
+from data_glue import TASKS, WordPiece, batches, encode_task, load, score
+
+# ----------------------------------------------------------------------------- masks
+
+
+def topk_mask(scores, density):
+    """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
+    least 1. Exactly k are kept: of equal scores the first by index. Eq. (1)."""
+    flat = scores.detach().flatten()
+    k = max(1, round(density * flat.numel()))  # eq. (1)
+    if k >= flat.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = kth_largest(flat, k)
+    mask = flat >= threshold
+    surplus = int(mask.sum()) - k
+    if surplus:
+        mask[(flat == threshold).nonzero()[-surplus:]] = False
+    return mask.view_as(scores)
+
+
+def kth_largest(flat, k):
+    """The k-th largest entry of a vector. On the CPU a sample tells roughly where it lies, so
+    that only a narrow band is partitioned: several times faster than torch's topk."""
+    if flat.device.type != "cpu":
+        return flat.kthvalue(flat.numel() - k + 1).values
+    flat = flat.numpy()
+    sample = np.sort(flat[::61])  # a prime, not to fall into step with the rows of the matrix
+    above = k / len(flat)
+    place, slack = len(sample) * (1 - above), 1 + 4 * math.sqrt(len(sample) * above * (1 - above))
+    low = sample[max(0, int(place - slack))]
+    high = sample[min(len(sample) - 1, int(place + slack))]
+    above, band = np.count_nonzero(flat > high), flat[(flat >= low) & (flat <= high)]
+    if not above < k <= above + len(band):  # the sample misled: search everything
+        above, band = 0, flat
+    return float(np.partition(band, above - k)[above - k])
+
+
+class StraightThrough(torch.autograd.Function):
+    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2).
+
+    W' is made in `dtype`, that of the matrix product, which is cheaper than to cast it there."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, mask, dtype):
+        ctx.save_for_backward(weight, mask)
+        return weight.to(dtype) * mask.to(dtype)  # eq. (1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, mask = ctx.saved_tensors
+        to_weight = (grad * mask.to(grad.dtype)).to(weight.dtype)  # eq. (2)
+        return to_weight, grad.to(weight.dtype) * weight, None, None  # eq. (2)
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer whose weight is multiplied by a mask, the top-k of trainable `scores`.
+
+    scores start at 0 (`score_init="zero"`, as published), or at |W| / std(W) ("magnitude"),
+    which short runs need: they end before scores from 0 have learnt what matters."""
+
+    def __init__(self, linear, score_init="zero"):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        weight = linear.weight.detach()
+        start = torch.zeros_like(weight) if score_init == "zero" else weight.abs() / weight.std()
+        self.scores = nn.Parameter(start)
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, x):
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = StraightThrough.apply(self.weight, self.scores, self.mask, dtype)
+        return F.linear(x, weight, self.bias)
+
+
+def encoder_linears(model):
+    """{name: linear layer} of everything that is pruned: 12 x 6 matrices in BERT-base."""
+    prefix = "bert.encoder."
+    return {prefix + name: layer for name, layer in model.bert.encoder.named_modules()
+            if isinstance(layer, nn.Linear)}
+
+
+def replace_linears(model, make):
+    """Put make(layer) in the place of every linear layer of the encoder."""
+    for name, layer in encoder_linears(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(layer))
+    return model
+
+
+def add_masks(model, score_init):
+    """Make every linear layer of the encoder a `MaskedLinear` and freeze the embeddings."""
+    model.bert.embeddings.requires_grad_(False)
+    return replace_linears(model, lambda layer: MaskedLinear(layer, score_init))
+
+
+def set_masks(model, density):
+    for layer in encoder_linears(model).values():
+        layer.mask = topk_mask(layer.scores, density)
+
+
+def apply_masks(model):
+    """Replace every `MaskedLinear` by a plain layer whose pruned weights are exactly 0."""
+
+    def plain(layer):
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        linear.weight = nn.Parameter(layer.weight.detach().masked_fill(~layer.mask, 0.0))
+        linear.bias = layer.bias
+        return linear
+
+    return replace_linears(model, plain)
+
+
+# -------------------------------------------------------------------------- schedule
+
+
+def cubic_density(step, total, start, end, warm, cool):
+    """Share of weights kept at `step` of `total`: `start` for the first `warm` steps, `end` for
+    the last `cool`, and a cubic in between that prunes fast first, then ever slower. Eq. (3)."""
+    if step < warm:
+        return start
+    if step >= total - cool:
+        return end
+    return end + (start - end) * (1 - (step - warm) / (total - warm - cool)) ** 3  # eq. (3)
+
+
+def linear_lr(step, total, warmup):
+    """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
+    return step / warmup if step < warmup else (total - step) / max(1, total - warmup)
+
+
+# ------------------------------------------------------------------- sparsity report
+
+
+def sparsity_report(model):
+    """{"total": share of encoder weights that are exactly 0, "matrices": {name: share}}."""
+    weights = {name: layer.weight * getattr(layer, "mask", 1)
+               for name, layer in encoder_linears(model).items()}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    return {"total": sum(zeros.values()) / sum(weight.numel() for weight in weights.values()),
+            "matrices": {name + ".weight": zeros[name] / weight.numel()
+                         for name, weight in weights.items()}}
+
+
+# -------------------------------------------------------------------- snapshot banks
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def encode(model, data, dtype=torch.float32, batch_size=128):
+    """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
+    gradient is kept; the model's mode is restored."""
+    device, was_training = model.classifier.weight.device, model.training
+    pooled = torch.empty(len(data), model.config.hidden_size, device=device)
+    model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        for index in data.lengths.argsort().split(batch_size):  # alike in length: little padding
+            batch = move(data.batch(index), device)
+            pooled[batch["index"]] = model(*inputs(batch))[1].float()
+    model.train(was_training)
+    return pooled
+
+
+def move(batch, device):
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def inputs(batch):
+    return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+
+
+class Banks:
+    """Unit pooled vectors of the training set by the model's ancestors, in half precision."""
+
+    def __init__(self, names, size, hidden_size, snapshots, device):
+        """names: those of "prc", "snc", "fic" that are used. size: N. snapshots: room in SnC."""
+        self.filled = {name: 0 for name in names}
+        self.bank = {name: torch.empty(size, snapshots if name == "snc" else 1, hidden_size,
+                                       dtype=torch.float16, device=device) for name in names}
+
+    def add(self, name, pooled):
+        """Append one ancestor's pooled vectors (N, D)."""
+        self.bank[name][:, self.filled[name]] = F.normalize(pooled, dim=-1).half()
+        self.filled[name] += 1
+
+    def items(self):
+        """(name, (N, K, D)) of the banks that hold an ancestor yet: SnC comes with epoch 2."""
+        return [(name, self.bank[name][:, :k]) for name, k in self.filled.items() if k]
+
+
+# ------------------------------------------------------------------ contrastive loss
+
+
+def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
+                     temperature=0.1, norm="official"):
+    """Unsupervised and supervised contrastive loss of a batch against one bank, eq. (4) to (7).
+
+    queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: (N, K, D) unit
+    vectors. bank_labels: (N,). extra: (E,) rows of the bank, drawn without replacement.
+    norm: "official" divides by the number of positives of the whole batch, as the published
+    code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
+    Returns (unsup, sup): two scalars, not weighted."""
+    q = F.normalize(queries, dim=-1)  # (B, D)
+    drawn = torch.cat([index, extra])  # (B + E,)
+    ancestors = bank[drawn].to(q.dtype).flatten(0, 1)  # ((B + E) K, D)
+    candidates = torch.cat([q.detach(), ancestors])  # (C, D), eq. (4)
+    candidate_index = torch.cat([index, drawn.repeat_interleave(bank.size(1))])  # (C,)
+    candidate_labels = torch.cat([labels, bank_labels[drawn].repeat_interleave(bank.size(1))])
+    itself = torch.eye(len(q), len(candidates), dtype=torch.bool, device=q.device)  # (B, C)
+
+    similarity = q @ candidates.T / temperature  # (B, C), s_ic
+    log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1)  # (B, C), eq. (5)
+    same_example = (index[:, None] == candidate_index) & ~itself  # (B, C), P^u of eq. (6)
+    same_label = (labels[:, None] == candidate_labels) & ~itself  # (B, C), P^s of eq. (6)
+
+    def mean_over_positives(positive):
+        count = positive.sum(1)  # (B,), |P_i|
+        per_anchor = log_p.masked_fill(~positive, 0).sum(1) / count  # (B,)
+        return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)
+
+    return mean_over_positives(same_example), mean_over_positives(same_label)
+
+
+# ------------------------------------------------------------------------ total loss
+
+KD_TEMPERATURE = 2.0  # T of eq. (8)
+
+
+def task_loss(logits, labels):
+    """Cross-entropy, or the squared error of a regression. logits: (B, L), labels: (B,)."""
+    if logits.size(1) == 1:
+        return F.mse_loss(logits.squeeze(1), labels)
+    return F.cross_entropy(logits, labels)
+
+
+def distillation_loss(logits, teacher_logits, temperature=KD_TEMPERATURE):
+    """T^2 KL(teacher_T || student_T), mean over the batch; the squared error of a regression."""
+    if logits.size(1) == 1:
+        return F.mse_loss(logits, teacher_logits)
+    student = (logits / temperature).log_softmax(dim=1)  # (B, L)
+    teacher = (teacher_logits / temperature).log_softmax(dim=1)  # (B, L)
+    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args):
+    """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
+
+    teacher_logits: (N, L). bank_labels: (N,). extra: (args.extra,), of which a bank with K
+    ancestors uses the first 1/K, so that all banks give about as many candidates."""
+    terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
+    if "kd" not in args.without:
+        terms["kd"] = args.w_kd * distillation_loss(logits, teacher_logits[batch["index"]])
+    for name, bank in banks.items():
+        unsup, sup = contrastive_loss(pooled, batch["index"], bank_labels[batch["index"]], bank,
+                                      bank_labels, extra[:args.extra // bank.size(1)],
+                                      args.temperature, args.norm)
+        terms[name] = args.w_unsup * unsup + args.w_sup * sup
+    return terms  # eq. (8)
+
+
+def gradient_shares(terms, pooled):
+    """{term: |d term / d pooled| as a share of the sum over terms}: who steers the encoder."""
+    norms = {name: torch.autograd.grad(term, pooled, retain_graph=True)[0].float().norm().item()
+             for name, term in terms.items()}
+    total = sum(norms.values()) or 1.0
+    return {name: round(norm / total, 4) for name, norm in norms.items()}
+
+
+# -------------------------------------------------------------------------- training
+
+LOG_EVERY = 50  # steps between two lines of log.jsonl
+EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on so many at most; the final on all
+
+
+def make_optimizer(model, args, total):
+    """Adam on weights and scores, each with its learning rate under one linear schedule."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in named if not name.endswith("scores")], "lr": args.lr},
+              {"params": [p for name, p in named if name.endswith("scores")], "lr": args.mask_lr}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
+                                  eps=1e-8, weight_decay=0.0, fused=True)
+    warmup = round(args.warmup * total)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: linear_lr(step, total, warmup))
+
+
+def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=None):
+    """Train `model` on `data`: the one loop of the dense teacher and of the pruned model.
+
+    loss_terms(logits, pooled, batch) -> {name: scalar}, whose sum is minimised.
+    density(step, total) -> share of weights to keep, set before each step; None: dense model.
+    after_epoch(epoch) -> {...}, entered in the log. ValueError if the loss is not finite."""
+    device = model.classifier.weight.device
+    dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
+    total = epochs * steps
+    optimizer, schedule = make_optimizer(model, args, total)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    progress = Progress(total, args.batch_size, device)
+    model.train()
+    for epoch in range(epochs):
+        for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch)):
+            step = epoch * steps + i
+            kept = 1.0 if density is None else density(step, total)
+            if density is not None:
+                set_masks(model, kept)
+            batch = move(batch, device)
+            with autocast(device, dtype):
+                logits, pooled = model(*inputs(batch))
+            terms = loss_terms(logits.float(), pooled.float(), batch)
+            last = step == total - 1
+            if step % LOG_EVERY == 0 or last:
+                values = {name: term.item() for name, term in terms.items()}
+                bad = [name for name, value in values.items() if not math.isfinite(value)]
+                if bad:
+                    raise ValueError(f"the term {bad[0]} is {values[bad[0]]} at step {step}")
+                shares = gradient_shares(terms, pooled)
+            sum(terms.values()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % LOG_EVERY == 0 or last:
+                log({"step": step, "epoch": epoch, "kept": kept, "lr": lr,
+                     "loss": sum(values.values()), **values, "gradient_share": shares,
+                     **progress.show(step, kept, values, lr)})
+        progress.end_line()
+        if after_epoch is not None:
+            log({"step": step, "epoch": epoch, "kept": kept, **after_epoch(epoch)})
+
+
+class Progress:
+    """The step line: step | kept | loss = terms | lr | ms, ex/s, mem | eta, rewritten in place
+    on a terminal; elsewhere one line a minute."""
+
+    def __init__(self, total, batch_size, device):
+        self.total, self.batch_size, self.device = total, batch_size, device
+        self.start = self.last_time = time.perf_counter()
+        self.last_step = self.last_printed = -1.0
+
+    def show(self, step, kept, values, lr):
+        """Print the line and return its speed: {"ms", "examples_per_second"} since the last."""
+        now = time.perf_counter()
+        seconds = (now - self.last_time) / (step - self.last_step)
+        left = (now - self.start) / (step + 1) * (self.total - step - 1)
+        self.last_time, self.last_step = now, step
+        line = (f"{step + 1}/{self.total} | kept {kept:.3f} | loss {sum(values.values()):.2f} = "
+                + " ".join(f"{name} {value:.2f}" for name, value in values.items())
+                + f" | lr {lr:.1e} | {1000 * seconds:.0f} ms, {self.batch_size / seconds:.0f} ex/s,"
+                f" {peak_memory(self.device) / 1e9:.1f} GB | eta {clock(left)}")
+        if sys.stdout.isatty():
+            print("\r" + line[:119].ljust(119), end="", flush=True)
+        elif now - self.last_printed > 60 or step == self.total - 1:
+            print(line[:120], flush=True)
+            self.last_printed = now
+        return {"ms": round(1000 * seconds, 1),
+                "examples_per_second": round(self.batch_size / seconds, 1)}
+
+    def end_line(self):
+        if sys.stdout.isatty():
+            print()
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def peak_memory(device):
+    """Most bytes held so far: of GPU memory on CUDA, of the process elsewhere (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def evaluate(model, args, dev_sets, dtype=torch.float32):
+    """GLUE's scores on every dev set: {"accuracy": ..., "accuracy_mm": ...}, as fractions."""
+    scores = {}
+    for split, data in dev_sets.items():
+        with torch.no_grad():
+            logits = model.classifier(encode(model, data, dtype))  # (N, L)
+        predictions = logits[:, 0] if logits.size(1) == 1 else logits.argmax(dim=1)
+        found = score(args.task, predictions.cpu().numpy(), data.labels.numpy())
+        scores |= {name + split.removeprefix("dev"): value for name, value in found.items()}
+    return scores
+
+
+def train_teacher(args, data, folder, device, log):
+    """Fine-tune the dense model and leave it in `folder`: at most 3 epochs, as is usual."""
+    torch.manual_seed(args.seed)
+    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words))).to(device)
+
+    def loss_terms(logits, pooled, batch):
+        return {"ce": task_loss(logits, batch["labels"])}
+
+    train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
+          epochs=min(3, args.epochs))
+    export(model, args, folder)
+
+
+def prune(args, data, epoch_dev, teacher, device, log):
+    """CAP: returns (masked model, seconds of banks, seconds of pruning)."""
+    start = time.perf_counter()
+    torch.manual_seed(args.seed)
+    model = from_pretrained(args.model, teacher.config.num_labels).to(device)
+    names = [name for name in ("prc", "snc", "fic") if name not in args.without]
+    banks = Banks(names, len(data), model.config.hidden_size, args.epochs - 1, device)
+    pooled = encode(teacher, data, args.compute_dtype)
+    teacher_logits = teacher.classifier(pooled).detach()  # cached: the teacher never changes
+    if "fic" in names:
+        banks.add("fic", pooled)
+    if "prc" in names:
+        banks.add("prc", encode(model, data, args.compute_dtype))
+    banks_done = time.perf_counter()
+
+    bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
+    add_masks(model, args.score_init)
+    chance = np.random.default_rng(args.seed)
+
+    def loss_terms(logits, pooled, batch):
+        count = min(args.extra, len(data))
+        extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
+        return cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
+
+    def density(step, total):
+        return cubic_density(step, total, 1.0, 1.0 - args.sparsity,
+                             warm=2 * round(args.warmup * total),
+                             cool=3 * round(args.warmup * total))
+
+    def after_epoch(epoch):
+        if "snc" in names and epoch < args.epochs - 1:
+            banks.add("snc", encode(model, data, args.compute_dtype))
+        scores = evaluate(model, args, epoch_dev, args.compute_dtype)
+        print(f"epoch {epoch + 1}/{args.epochs}, dev: {show_scores(scores)}", flush=True)
+        return {"dev": scores}
+
+    train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
+          args.epochs, density, after_epoch)
+    return model, banks_done - start, time.perf_counter() - banks_done
+
+
+def show_scores(scores):
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+
+
+# ------------------------------------------------------------------------ run folder
+
+
+def is_finished(folder, config):
+    """Whether the run folder holds this very run, finished. ValueError if it belongs to a run of
+    another configuration."""
+    if not (folder / "log.jsonl").exists():
+        return False
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        before = json.loads(file.readline())["config"]
+    differing = [key for key in config if config[key] != before.get(key)]
+    if differing:
+        raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
+                         "choose another --out or delete it")
+    return (folder / "record.json").exists()
+
+
+def start_log(folder, config):
+    """Make the run folder with a new log.jsonl; returns log(entry), which appends a line."""
+    path = folder / "log.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"config": config}) + "\n", encoding="utf-8")
+
+    def log(entry):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    return log
+
+
+def run_config(args):
+    """What decides the result, as JSON; where the run lies does not."""
+    return {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
+            for key, value in vars(args).items() if key != "out"}
+
+
+def export(model, args, folder):
+    """Save `model` with its vocabulary and labels, ready for transformers."""
+    words = TASKS[args.task].words
+    model.config.id2label = dict(enumerate(words)) if words else None
+    save_pretrained(model, folder)
+    shutil.copyfile(model_folder(args.model) / "vocab.txt", folder / "vocab.txt")
+
+
+def sha256(*parts):
+    """SHA-256, in hexadecimal, of bytes, files and tensors end to end."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else part.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_record(args, data, examples, scores, sparsity, seconds, device):
+    """record.json: all that a figure in a table must be able to show for itself."""
+    here = Path(__file__).parent
+    passes = {"teacher": min(3, args.epochs), "prune": args.epochs}
+    record = {
+        "config": run_config(args), "seed": args.seed,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__, "machine": f"{platform.machine()}, {device.type}, "
+                                                         f"{torch.get_num_threads()} threads"},
+        "source_sha256": sha256(here / "bert_min.py", here / "data_glue.py", here / "cap_min.py"),
+        "train_sha256": sha256(data.tokens, data.labels),
+        "examples": examples, **scores, "sparsity": sparsity,
+        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+        "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
+                                for phase, epochs in passes.items() if seconds[phase]},
+        "peak_memory_bytes": peak_memory(device)}
+    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_curve(folder, dense):
+    """curve.svg of the pruning phase: share of weights kept, and dev score after each epoch."""
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        pruning = [entry for entry in map(json.loads, file) if entry.get("phase") == "prune"]
+    last = max(1, pruning[-1]["step"])
+
+    def points(pairs):
+        return " ".join(f"{60 + 500 * step / last:.1f},{260 - 220 * y:.1f}" for step, y in pairs)
+
+    metric, level = next(iter(dense.items()))
+    kept = points((entry["step"], entry["kept"]) for entry in pruning)
+    dev = points((entry["step"], entry["dev"][metric]) for entry in pruning if "dev" in entry)
+    line = '<polyline fill="none" stroke-width="2" stroke="{}" points="{}"/>'
+    text = '<text x="{}" y="{}" fill="{}" font-family="sans-serif" font-size="13">{}</text>'
+    (folder / "curve.svg").write_text("\n".join([
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300">',
+        '<rect width="600" height="300" fill="white"/>',
+        *(text.format(25, 264 - 220 * y, "#555", f"{y:.1f}") for y in (0, 0.5, 1)),
+        line.format("#999", "60,40 60,260 560,260"), line.format("#999", kept),
+        line.format("#1f77b4", dev),
+        line.format("#d62728", points([(0, level), (last, level)])),
+        text.format(300, 285, "#555", f"step 0 to {last}"),
+        text.format(70, 20, "#777", "kept"), text.format(120, 20, "#1f77b4", f"dev {metric}"),
+        text.format(240, 20, "#d62728", f"dense {level:.3f}"), "</svg>\n"]), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def share(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share in [0, 1); 97 % is 0.97")
+    return value
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="cap_min.py", description="Prune BERT with contrastive terms (arXiv 2112.07198).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def fail(message):
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail
+    add = parser.add_argument_group("what").add_argument
+    add("--task", required=True, choices=TASKS, help="GLUE task or snli")
+    add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
+    add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
+    add("--teacher", help="folder of a fine-tuned model; default: fine-tuned first")
+    add("--data-dir", help="folder with the task's folder; default: downloaded")
+    add("--out", type=Path, help="run folder; default: runs/TASK-SPARSITY-seedSEED")
+    add("--seed", type=int, default=0, help="of everything random")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive, default=10, help="of pruning; the teacher has at most 3")
+    add("--batch-size", type=positive, default=32, help="examples a step")
+    add("--lr", type=float, default=3e-5, help="peak learning rate of weights")
+    add("--mask-lr", type=float, default=1e-2, help="peak learning rate of scores")
+    add("--max-length", type=positive, default=128, help="tokens an example, at most")
+    add("--max-train", type=positive, help="training rows, drawn by a fixed seed; default: all")
+    add("--warmup", type=share, default=0.09,
+        help="of the learning rate, as a share of the run; dense for 2x, final sparsity for 3x")
+    add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
+        help="auto: zero, as published, from 30,000 steps on, magnitude below")
+    add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
+    add("--temperature", type=float, default=0.1, help="tau of eq. (5)")
+    add("--w-unsup", type=float, default=0.1, help="weight of the unsupervised terms")
+    add("--w-sup", type=float, default=10.0, help="weight of the supervised terms")
+    add("--w-ce", type=float, default=0.1, help="weight of the cross-entropy")
+    add("--w-kd", type=float, default=0.9, help="weight of the distillation")
+    add("--extra", type=positive, default=4096, help="candidates beside the batch")
+    add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
+    add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
+        help="terms to leave out")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
+    args = parser.parse_args(argv)
+    args.without = sorted(set(args.without))
+    if args.out is None:
+        args.out = Path("runs", "-".join([args.task, f"{args.sparsity:g}",
+                                          *(f"no-{name}" for name in args.without),
+                                          f"seed{args.seed}"]))
+    return args
+
+
+def choose_device(args):
+    """Resolve --device and --dtype; ValueError if the machine does not have what was asked."""
+    name = args.device
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason})") from None
+    has_bf16 = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+                device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    use_bf16 = args.dtype == "bf16" or (args.dtype == "auto" and has_bf16)
+    args.compute_dtype = torch.bfloat16 if use_bf16 else torch.float32
+    return device
+
+
+def load_data(args):
+    """(training set, {split: dev set}), encoded; ValueError if vocabulary and model do not fit."""
+    tokenizer = WordPiece(model_folder(args.model) / "vocab.txt")
+    splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
+    rows = splits["train"]
+    if args.max_train and args.max_train < len(rows):
+        chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
+        splits["train"] = [rows[i] for i in chosen]
+    data = {split: encode_task(examples, tokenizer, args.max_length)
+            for split, examples in splits.items()}
+    return data.pop("train"), data
+
+
+def load_fine_tuned(folder, args):
+    """A model fine-tuned on the task; ValueError unless its labels are the task's, in order."""
+    model = from_pretrained(folder, num_labels=None)
+    words, labels = TASKS[args.task].words, model.config.id2label or {}
+    named = [labels[i] for i in sorted(labels) if not str(labels[i]).startswith("LABEL_")]
+    if model.config.num_labels != max(1, len(words)) or (named and named != words):
+        raise ValueError(f"{folder}: its labels are {named or model.config.num_labels}, those of "
+                         f"{args.task} are {words or 'one number'}")
+    return model
+
+
+def check_fit(args, data):
+    """ValueError unless the run is long enough for its schedule; settles --score-init auto."""
+    total = args.epochs * math.ceil(len(data) / args.batch_size)
+    if round(args.warmup * total) < 1 or args.warmup >= 0.2:
+        raise ValueError(f"{total} steps with --warmup {args.warmup} are too few for the schedule: "
+                         "it takes 6 warm-ups, of at least one step each")
+    if args.score_init == "auto":
+        args.score_init = "zero" if total >= 30_000 else "magnitude"
+
+
+def run(args):
+    """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
+    start = time.perf_counter()
+    device = choose_device(args)
+    config = run_config(args)
+    if is_finished(args.out, config):
+        print(f"{args.out} is finished; see record.json there")
+        return
+    data, dev_sets = load_data(args)
+    check_fit(args, data)
+    log = start_log(args.out, config)
+    examples = {"train": len(data), **{split: len(part) for split, part in dev_sets.items()}}
+    print(f"{args.task}: {examples}, {args.epochs} epochs on {device}, {args.compute_dtype}, "
+          f"scores from {args.score_init}, run folder {args.out}", flush=True)
+
+    folder = Path(args.teacher or args.out / "teacher")
+    teacher_start = time.perf_counter()
+    trained = args.teacher is None and not (folder / "model.safetensors").exists()
+    if trained:
+        train_teacher(args, data, folder, device, log)
+    seconds = {"teacher": time.perf_counter() - teacher_start if trained else 0.0}
+    teacher = load_fine_tuned(folder, args).to(device)
+    dense = evaluate(teacher, args, dev_sets)
+    print(f"dense, dev: {show_scores(dense)}", flush=True)
+
+    first_dev = next(iter(dev_sets))
+    epoch_dev = {first_dev: dev_sets[first_dev].head(EPOCH_DEV_EXAMPLES)}
+    model, seconds["banks"], seconds["prune"] = prune(args, data, epoch_dev, teacher, device, log)
+    export(apply_masks(model), args, args.out / "model")
+    model = load_fine_tuned(args.out / "model", args).to(device)
+    pruned = evaluate(model, args, dev_sets)
+    seconds["total"] = time.perf_counter() - start
+    draw_curve(args.out, dense)
+    write_record(args, data, examples, {"dense": dense, "pruned": pruned},
+                 sparsity_report(model), seconds, device)
+    print(f"pruned, dev: {show_scores(pruned)}; {100 * sparsity_report(model)['total']:.2f} % of "
+          f"the encoder's weights are 0; {clock(seconds['total'])}; model in {args.out / 'model'}")
+
+
+def main(argv=None):
+    """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command starts again, with the teacher if it was finished")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

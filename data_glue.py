@@ -1,0 +1,397 @@
+"""GLUE as BERT sees it: the tasks' files, WordPiece, length-bucketed batches and GLUE's metrics.
+Only torch and numpy are needed.
+
+Papers: Wang et al., "GLUE" (arXiv 1804.07461); WordPiece as in BERT (arXiv 1810.04805, section 3).
+Use:    from data_glue import TASKS, WordPiece, load, encode_task, batches, score
+        data = encode_task(load("mnli", "train"), WordPiece("vocab.txt"), max_length=128)
+        for batch in batches(data, batch_size=32, seed=0, epoch=0): ...
+
+Symbols in the shape comments
+    N  examples in a split          B  examples in a batch        T  tokens in the longest one
+"""
+
+import functools
+import os
+import unicodedata
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+# ----------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's texts and labels stand, and how it is scored.
+
+    `labels` maps a label as the file writes it to its word, in the order of the classifier's
+    outputs; None means regression. A column is named by its header (in CoLA, which has none, by
+    its position). A task of single sentences has no `text_b`."""
+
+    folder: str
+    text_a: str | int
+    text_b: str | None
+    label: str | int
+    labels: dict | None
+    metrics: tuple = ("accuracy",)
+    dev: tuple = (("dev", "dev.tsv"),)  # (split, file)
+
+    @property
+    def files(self):
+        return {"train": "train.tsv", **dict(self.dev)}
+
+    @property
+    def words(self):
+        """The labels' words in the order of the classifier's outputs; [] for regression."""
+        return list(self.labels.values()) if self.labels else []
+
+
+def same(*words):
+    return {word: word for word in words}
+
+
+def numbered(*words):
+    return {str(i): word for i, word in enumerate(words)}
+
+
+NLI = same("entailment", "neutral", "contradiction")
+TASKS = {
+    "cola": Task("CoLA", 3, None, 1, numbered("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": Task("SST-2", "sentence", None, "label", numbered("negative", "positive")),
+    "mrpc": Task("MRPC", "#1 String", "#2 String", "Quality",
+                 numbered("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": Task("QQP", "question1", "question2", "is_duplicate",
+                numbered("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": Task("STS-B", "sentence1", "sentence2", "score", None, ("pearson", "spearman")),
+    "mnli": Task("MNLI", "sentence1", "sentence2", "gold_label", NLI,
+                 dev=(("dev", "dev_matched.tsv"), ("dev_mm", "dev_mismatched.tsv"))),
+    "qnli": Task("QNLI", "question", "sentence", "label", same("entailment", "not_entailment")),
+    "rte": Task("RTE", "sentence1", "sentence2", "label", same("entailment", "not_entailment")),
+    "wnli": Task("WNLI", "sentence1", "sentence2", "label",
+                 numbered("not_entailment", "entailment")),
+    "snli": Task("snli", "sentence1", "sentence2", "gold_label", NLI),
+}
+
+
+class Example(NamedTuple):
+    text_a: str
+    text_b: str | None
+    label: int | float  # position in the task's labels, or the value of a regression
+
+
+def load(task, split, data_dir=None):
+    """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm").
+
+    task: a name in TASKS. data_dir: the folder that holds the task's folder; without it, GLUE's
+    own files are downloaded once into the cache. ValueError, naming file and line, for anything
+    that is not as the task says; FileNotFoundError for a file that is not there."""
+    name = TASKS[task].files[split]
+    if data_dir is None:
+        return read_examples(TASKS[task], fetch_glue(task, name))
+    return read_examples(TASKS[task], Path(data_dir) / TASKS[task].folder / name)
+
+
+def read_examples(task, path):
+    rows = read_rows(path)
+    columns = [task.text_a, task.text_b, task.label]
+    if isinstance(task.label, str):  # a header names the columns
+        _, header = next(rows, (1, []))
+        absent = [column for column in columns if column is not None and column not in header]
+        if absent:
+            raise ValueError(f"{path}, line 1: no column {absent[0]!r}, only {', '.join(header)}")
+        columns = [column and header.index(column) for column in columns]
+    text_a, text_b, label = columns
+    examples = []
+    for number, row in rows:
+        if max(text_a, text_b or 0, label) >= len(row):
+            raise ValueError(f"{path}, line {number}: only {len(row)} columns")
+        if row[label] == "-" and task.labels == NLI:
+            continue  # SNLI's mark for "annotators did not agree"
+        value = read_label(task, row[label], f"{path}, line {number}")
+        examples.append(Example(row[text_a], None if text_b is None else row[text_b], value))
+    if not examples:
+        raise ValueError(f"{path}: no examples in it")
+    return examples
+
+
+def read_rows(path):
+    """(line number, columns) for each line. GLUE's files know no quoting: only tabs separate."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}, line {number}: not valid UTF-8") from None
+            if text:
+                yield number, text.split("\t")
+
+
+def read_label(task, written, place):
+    if task.labels is not None:
+        if written not in task.labels:
+            raise ValueError(f"{place}: label {written!r}, not one of {', '.join(task.labels)}")
+        return list(task.labels).index(written)
+    try:
+        return float(written)
+    except ValueError:
+        raise ValueError(f"{place}: {written!r} is not a number") from None
+
+
+# -------------------------------------------------------------------------- download
+
+GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
+SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+ARCHIVES = {  # task: (file, SHA-256)
+    "cola": ("CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    "sst2": ("SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    "qqp": ("QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    "stsb": ("STS-B.zip", "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    "mnli": ("MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+    "qnli": ("QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    "rte": ("RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    "wnli": ("WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+}
+MRPC_TRAIN = ("msr_paraphrase_train.txt",
+              "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89")
+MRPC_DEV_IDS = ("mrpc_dev_ids.tsv",
+                "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
+
+
+def fetch_glue(task, name):
+    """Path of GLUE's own file `name` in the cache, downloaded and unpacked on first use."""
+    cache = Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser() / "glue"
+    target = cache / TASKS[task].folder / name
+    if target.exists():
+        return target
+    if task == "mrpc":
+        text = split_mrpc(download(SENTEVAL_URL, *MRPC_TRAIN, cache),
+                          download(GLUE_URL, *MRPC_DEV_IDS, cache), name)
+    elif task in ARCHIVES:
+        with zipfile.ZipFile(download(GLUE_URL, *ARCHIVES[task], cache)) as archive:
+            text = archive.read(f"{TASKS[task].folder}/{name}")
+    else:
+        raise FileNotFoundError(f"{target}: {task} is not downloaded; put the file there by hand "
+                                "or pass --data-dir")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{name}.{os.getpid()}.tmp")
+    temporary.write_bytes(text)
+    os.replace(temporary, target)
+    return target
+
+
+def download(base, name, sha256, cache):
+    """Path of base/name in the cache: streamed to a temporary name with a progress bar, and
+    renamed only if its SHA-256 is right. OSError with what to do if that fails."""
+    target = cache / name
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {base}/{name}")
+        try:
+            torch.hub.download_url_to_file(f"{base}/{name}", str(target), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{base}/{name} could not be downloaded ({error}); without a network, "
+                          f"put the file at {target} by hand or pass --data-dir") from None
+    return target
+
+
+def split_mrpc(corpus, dev_ids, name):
+    """GLUE's dev set is the pairs of the corpus' training file that `dev_ids` lists."""
+    chosen = {tuple(line.split("\t")) for line in dev_ids.read_text().splitlines()}
+    header, *rows = corpus.read_bytes().splitlines(keepends=True)
+    wanted = [row for row in rows
+              if (tuple(row.decode().split("\t")[1:3]) in chosen) == (name == "dev.tsv")]
+    return header + b"".join(wanted)
+
+
+# ------------------------------------------------------------------------- WordPiece
+
+CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
+              (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+
+
+def clean(char):
+    """What a character becomes before words are split: nothing, a space, itself, or apart."""
+    category = unicodedata.category(char)
+    if char in "\t\n\r" or category == "Zs":
+        return " "
+    if char in "\0\ufffd" or category in ("Cc", "Cf"):
+        return ""
+    if any(first <= ord(char) <= last for first, last in CJK_BLOCKS):
+        return f" {char} "  # each ideograph is a word
+    return char
+
+
+def is_punctuation(char):
+    """Unicode's punctuation, and every ASCII character that is no letter, digit or space."""
+    return unicodedata.category(char)[0] == "P" or (char.isascii() and not char.isalnum())
+
+
+class WordPiece:
+    """BERT's tokenizer: the same ids as Google's, so the same as transformers' `BertTokenizer`.
+
+    vocab_file: one piece per line, its id is the line number from 0. ValueError if a special
+    token is not in it."""
+
+    def __init__(self, vocab_file, lowercase=True):
+        lines = Path(vocab_file).read_bytes().decode("utf-8", "replace").split("\n")
+        pieces = lines[:-1] if lines[-1] == "" else lines
+        self.vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
+        self.size = len(pieces)
+        self.lowercase = lowercase
+        for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
+            if token not in self.vocab:
+                raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
+        # texts repeat their words, so each is cut only once
+        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.ids)
+
+    def words(self, text):
+        """Google's basic tokenization: clean, lower-case, strip accents, split punctuation off."""
+        for token in "".join(map(clean, text)).split():
+            if self.lowercase:
+                token = unicodedata.normalize("NFD", token.lower())
+                token = "".join(char for char in token if unicodedata.category(char) != "Mn")
+            spaced = (f" {char} " if is_punctuation(char) else char for char in token)
+            yield from "".join(spaced).split()
+
+    def pieces(self, word):
+        """Ids of the longest known prefix, then of the longest known "##rest", and so on;
+        [UNK] for a word that cannot be cut up so, or has over 100 characters."""
+        ids, start = [], 0
+        while start < len(word) <= 100:
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in self.vocab:
+                    break
+            else:
+                return [self.vocab["[UNK]"]]
+            ids.append(self.vocab[piece])
+            start = end
+        return ids or [self.vocab["[UNK]"]]
+
+    def ids(self, text):
+        return [i for word in self.words(text) for i in self.pieces(word)]
+
+    def encode(self, text_a, text_b=None, max_length=128):
+        """[CLS] a [SEP] or [CLS] a [SEP] b [SEP] as (input_ids, token_type_ids), two lists of at
+        most max_length. Of a pair that is too long, the longer text loses its last piece, and
+        where both are equally long the second, until it fits."""
+        # no rule looks across a plain space, so the stretches between them can be cached
+        a = [i for stretch in text_a.split(" ") for i in self.cached_ids(stretch)]
+        b = [i for stretch in (text_b or "").split(" ") for i in self.cached_ids(stretch)]
+        room = max_length - (2 if text_b is None else 3)
+        while len(a) + len(b) > room:
+            (a if len(a) > len(b) else b).pop()
+        separator = [self.vocab["[SEP]"]]
+        first = [self.vocab["[CLS]"], *a, *separator]
+        second = [] if text_b is None else b + separator
+        return first + second, [0] * len(first) + [1] * len(second)
+
+
+# --------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Encoded:
+    """A split as token ids, end to end without padding."""
+
+    tokens: torch.Tensor  # (sum of lengths,) int32
+    starts: torch.Tensor  # (N + 1,) int64: example i is tokens[starts[i]:starts[i + 1]]
+    first: torch.Tensor  # (N,) int64: tokens of example i up to its first [SEP]
+    labels: torch.Tensor  # (N,) int64, or float32 for regression
+
+    def __len__(self):
+        return len(self.labels)
+
+    @property
+    def lengths(self):
+        return self.starts.diff()  # (N,)
+
+    def head(self, count):
+        """The first `count` examples, or all if there are fewer."""
+        count = min(count, len(self))
+        return Encoded(self.tokens, self.starts[:count + 1], self.first[:count],
+                       self.labels[:count])
+
+    def batch(self, index):
+        """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
+        token_type_ids (B, T), labels (B,) and index (B,)."""
+        lengths = self.lengths[index][:, None]  # (B, 1)
+        position = torch.arange(int(lengths.max()))[None]  # (1, T)
+        real = position < lengths  # (B, T)
+        place = self.starts[index][:, None] + position.minimum(lengths - 1)
+        return {"input_ids": self.tokens[place].long() * real,  # [PAD] is id 0
+                "attention_mask": real.long(),
+                "token_type_ids": (real & (position >= self.first[index][:, None])).long(),
+                "labels": self.labels[index], "index": index}
+
+
+def encode_task(examples, tokenizer, max_length=128):
+    """list[Example] -> Encoded, with at most `max_length` tokens an example."""
+    tokens, starts, first = [], [0], []
+    for text_a, text_b, _ in examples:
+        input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
+        tokens.extend(input_ids)
+        starts.append(len(tokens))
+        first.append(len(token_type_ids) - sum(token_type_ids))
+    return Encoded(torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts),
+                   torch.tensor(first), torch.tensor([example.label for example in examples]))
+
+
+def batches(data, batch_size, seed, epoch=0, start=0):
+    """The shuffled batches of one epoch, each of examples of similar length.
+
+    The order is a function of (seed, epoch) alone, so (epoch, batches seen) is the whole state:
+    `start` skips the batches that an interrupted epoch had already had."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    buckets = torch.randperm(len(data), generator=generator).split(50 * batch_size)
+    lengths = data.lengths
+    sorted_buckets = (bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets)
+    cut = [index for bucket in sorted_buckets for index in bucket.split(batch_size)]
+    for i in torch.randperm(len(cut), generator=generator)[start:].tolist():
+        yield data.batch(cut[i])
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def score(task, predictions, labels):
+    """GLUE's scores of a task, as fractions: {"accuracy": ..., "f1": ...} and the like.
+
+    predictions, labels: (N,) class numbers, or values for a regression. A score that is not
+    defined (one class never predicted, no variance) is 0."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    return {name: METRICS[name](predictions, labels) for name in TASKS[task].metrics}
+
+
+def accuracy(predictions, labels):
+    return float(np.mean(predictions == labels))
+
+
+def f1(predictions, labels):
+    hits = np.sum((predictions == 1) & (labels == 1))
+    return float(2 * hits / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
+
+
+def pearson(predictions, labels):
+    x, y = predictions - np.mean(predictions), labels - np.mean(labels)
+    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
+    return float(np.sum(x * y) / norm) if norm > 0 else 0.0
+
+
+def ranks(values):
+    """Rank of each value; equal values share their mean rank."""
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[group]
+
+
+def spearman(predictions, labels):
+    return pearson(ranks(predictions), ranks(labels))
+
+
+# Matthews' coefficient of two classes is Pearson's of the 0/1 vectors
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": pearson,
+           "pearson": pearson, "spearman": spearman}
