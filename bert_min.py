@@ -47,44 +47,37 @@ class BertConfig:
     pad_token_id: int = 0
     num_labels: int = 2
     id2label: dict | None = None  # {0: "entailment", ...}
-    problem_type: str | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 0):
+                raise ValueError(f"{field.name} is {value!r}, not a whole number")
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
 
     @classmethod
     def from_json(cls, path):
         """Read a Hugging Face config.json. ValueError where it is malformed or not a plain BERT."""
+        wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
-            known = {field.name for field in dataclasses.fields(cls)}
-            config = cls(**{key: value for key, value in raw.items() if key in known})
+            for key, value in wanted.items():
+                if raw.get(key, value) != value:
+                    raise ValueError(f"{key} is {raw[key]!r}, only {value!r} is known here")
             if raw.get("id2label"):
-                config.id2label = {int(i): word for i, word in raw["id2label"].items()}
-                config.num_labels = len(config.id2label)
-            config.check(raw)
-        except FileNotFoundError:
-            raise
+                raw["id2label"] = {int(i): word for i, word in raw["id2label"].items()}
+                raw["num_labels"] = len(raw["id2label"])
+            known = {field.name for field in dataclasses.fields(cls)}
+            return cls(**{key: value for key, value in raw.items() if key in known})
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a BERT configuration ({error})") from None
-        return config
-
-    def check(self, raw):
-        """ValueError where the fields, or keys of `raw` we do not read, ask for another model."""
-        sizes = ("vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
-                 "max_position_embeddings type_vocab_size num_labels").split()
-        for name in sizes:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
-        wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for key, value in wanted.items():
-            if raw.get(key, value) != value:
-                raise ValueError(f"{key} is {raw[key]!r}, only {value!r} is known here")
 
     def to_json(self, path):
         """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
         raw = dataclasses.asdict(self)
-        labels = raw["id2label"] or {i: f"LABEL_{i}" for i in range(raw.pop("num_labels"))}
-        raw.pop("num_labels", None)  # transformers counts id2label instead
+        count = raw.pop("num_labels")  # transformers counts id2label instead
+        labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         raw |= {"id2label": labels, "label2id": {word: i for i, word in labels.items()},
                 "architectures": ["BertForSequenceClassification"], "model_type": "bert"}
         Path(path).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
@@ -308,27 +301,25 @@ def from_pretrained(path_or_name, num_labels=2):
     if num_labels not in (None, config.num_labels):
         config = dataclasses.replace(config, num_labels=num_labels, id2label=None)
     source, tensors = read_weights(folder)
+    current = {current_name(name): tensor for name, tensor in tensors.items()}
     model = BertClassifier(config)
     expected = model.state_dict()
-    found = {current_name(name): name for name in tensors}
-    fits = {name: tensors[found[name]] for name in expected if name in found
-            and tensors[found[name]].shape == expected[name].shape
-            and tensors[found[name]].is_floating_point()}
+    fits = {name: current[name] for name, tensor in expected.items() if name in current
+            and current[name].shape == tensor.shape and current[name].is_floating_point()}
     fresh = [name for name in expected if name not in fits]
-    wrong = [f"{name} {describe(tensors, found.get(name))}, not {tuple(expected[name].shape)}"
-             for name in fresh if num_labels is None or not name.startswith("classifier.")]
+    wrong = [name for name in fresh if num_labels is None or not name.startswith("classifier.")]
     if wrong:
-        raise ValueError(f"{source}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
+        raise ValueError(f"{source}: {len(wrong)} tensors are missing or of another shape or type "
+                         f"than config.json says: {', '.join(wrong[:3])}")
     model.load_state_dict(fits, strict=False)
-    renamed = sum(found[name] != name for name in fits)
-    ignored = sorted(name for current, name in found.items() if current not in expected)
-    print(f"{source}: loaded {len(fits)} tensors ({renamed} renamed), ignored {len(ignored)}"
-          f"{shorten(ignored)}, newly initialised {len(fresh)}{shorten(fresh)}")
+    ignored = [name for name in tensors if current_name(name) not in expected]
+    print(f"{source}: loaded {len(fits)} tensors ({sum(name not in tensors for name in fits)} "
+          f"renamed), ignored {len(ignored)} {ignored[:2]}, newly initialised {fresh}")
     return model
 
 
 def read_weights(folder):
-    """(path, {name: tensor}) of the one weight file in `folder`."""
+    """(path, {name: tensor}) of the weight file in `folder`."""
     for name, read in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
         if (folder / name).exists():
             return folder / name, read(folder / name)
@@ -337,17 +328,9 @@ def read_weights(folder):
 
 def current_name(name):
     """The name a tensor has in `BertClassifier`: with prefix `bert.`, gamma/beta replaced."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta",
-                                                                       "LayerNorm.bias")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     return "bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
-
-
-def describe(tensors, name):
-    return "is missing" if name is None else f"is {tuple(tensors[name].shape)} {tensors[name].dtype}"
-
-
-def shorten(names):
-    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
 
 
 def save_pretrained(model, path):
@@ -362,12 +345,10 @@ def load_bin(path):
     """A pytorch_model.bin, by torch's restricted unpickler: a file cannot run code."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError("it holds more than tensors")
+        return {name: tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a readable weight file ({reason})") from None
-    return tensors
 
 
 def load_safetensors(path):
@@ -377,38 +358,33 @@ def load_safetensors(path):
     data = bytearray(Path(path).read_bytes())
     try:
         start = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < 8 or start > len(data):
-            raise ValueError("it is cut short")
         header = json.loads(data[8:start])
         header.pop("__metadata__", None)
-        check_offsets(header, len(data) - start)
-        return {name: view_tensor(data, start, entry) for name, entry in header.items()}
+        check_header(header, len(data) - start)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a valid safetensors file ({error})") from None
+        raise ValueError(f"{path}: damaged, not a whole safetensors file ({error})") from None
+    raw = torch.frombuffer(data, dtype=torch.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        flat = raw[start + first:start + last].clone()  # a copy is aligned
+        tensors[name] = flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
 
 
-def check_offsets(header, size):
+def check_header(header, size):
     """ValueError unless the tensors fill exactly `size` bytes, each as its dtype and shape say."""
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        if not all(type(length) is int and length >= 0 for length in entry["shape"]):
-            raise ValueError(f"{name} has the shape {entry['shape']}")
+        if not all(type(length) is int and length >= 0 for length in (first, *entry["shape"])):
+            raise ValueError(f"{name} has the shape {entry['shape']} at {first}")
         length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if first != end or last - first != length:
             raise ValueError(f"{name} of {length} bytes is said to lie at {first} to {last}")
         end = last
     if end != size:
-        raise ValueError(f"its tensors take {end} bytes, the file has {size}")
-
-
-def view_tensor(data, start, entry):
-    dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
-    if first == last:
-        return torch.empty(entry["shape"], dtype=dtype)
-    flat = torch.frombuffer(data, dtype=dtype, offset=start + first,
-                            count=(last - first) // dtype.itemsize)
-    return flat.reshape(entry["shape"])
+        raise ValueError(f"its tensors take {end} bytes, of which {size} are there")
 
 
 def save_safetensors(tensors, path):

@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bert_min import from_pretrained, model_folder, save_pretrained
+from bert_min import BertConfig, from_pretrained, model_folder, save_pretrained
 from data_glue import TASKS, WordPiece, batches, encode_task, load, score
 
 # ----------------------------------------------------------------------------- masks
@@ -371,13 +371,14 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
 
 
 class Progress:
-    """The step line: step | kept | loss = terms | lr | ms, ex/s, mem | eta, rewritten in place
-    on a terminal; elsewhere one line a minute."""
+    """The step line, under a heading that names its columns: rewritten in place on a terminal,
+    elsewhere one line a minute."""
 
     def __init__(self, total, batch_size, device):
         self.total, self.batch_size, self.device = total, batch_size, device
         self.start = self.last_time = time.perf_counter()
-        self.last_step = self.last_printed = -1.0
+        self.last_step = self.last_printed = -1
+        print("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta", flush=True)
 
     def show(self, step, kept, values, lr):
         """Print the line and return its speed: {"ms", "examples_per_second"} since the last."""
@@ -385,14 +386,14 @@ class Progress:
         seconds = (now - self.last_time) / (step - self.last_step)
         left = (now - self.start) / (step + 1) * (self.total - step - 1)
         self.last_time, self.last_step = now, step
-        line = (f"{step + 1}/{self.total} | kept {kept:.3f} | loss {sum(values.values()):.2f} = "
-                + " ".join(f"{name} {value:.2f}" for name, value in values.items())
-                + f" | lr {lr:.1e} | {1000 * seconds:.0f} ms, {self.batch_size / seconds:.0f} ex/s,"
-                f" {peak_memory(self.device) / 1e9:.1f} GB | eta {clock(left)}")
+        terms = " ".join(f"{name} {value:.2f}" for name, value in values.items())
+        line = (f"{step + 1}/{self.total} | {kept:.1%} | {sum(values.values()):.2f} = {terms} | "
+                f"{lr:.1e} | {1000 * seconds:.0f}, {self.batch_size / seconds:.0f}, "
+                f"{peak_memory(self.device) / 1e9:.1f} | {clock(left)}")
         if sys.stdout.isatty():
-            print("\r" + line[:119].ljust(119), end="", flush=True)
+            print("\r" + line.ljust(119), end="", flush=True)
         elif now - self.last_printed > 60 or step == self.total - 1:
-            print(line[:120], flush=True)
+            print(line, flush=True)
             self.last_printed = now
         return {"ms": round(1000 * seconds, 1),
                 "examples_per_second": round(self.batch_size / seconds, 1)}
@@ -670,8 +671,16 @@ def choose_device(args):
 
 
 def load_data(args):
-    """(training set, {split: dev set}), encoded; ValueError if vocabulary and model do not fit."""
-    tokenizer = WordPiece(model_folder(args.model) / "vocab.txt")
+    """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
+    folder = model_folder(args.model)
+    config = BertConfig.from_json(folder / "config.json")
+    tokenizer = WordPiece(folder / "vocab.txt")
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(f"{folder / 'vocab.txt'} has {tokenizer.size} pieces, the model knows "
+                         f"{config.vocab_size}")
+    if not 4 <= args.max_length <= config.max_position_embeddings:
+        raise ValueError(f"--max-length {args.max_length} is not between 4 and the model's "
+                         f"{config.max_position_embeddings} positions")
     splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
     rows = splits["train"]
     if args.max_train and args.max_train < len(rows):
@@ -713,18 +722,20 @@ def run(args):
         return
     data, dev_sets = load_data(args)
     check_fit(args, data)
-    log = start_log(args.out, config)
+    teacher = load_fine_tuned(args.teacher, args) if args.teacher else None
+    log = start_log(args.out, config)  # all that can be wrong with the input is known by now
     examples = {"train": len(data), **{split: len(part) for split, part in dev_sets.items()}}
     print(f"{args.task}: {examples}, {args.epochs} epochs on {device}, {args.compute_dtype}, "
           f"scores from {args.score_init}, run folder {args.out}", flush=True)
 
-    folder = Path(args.teacher or args.out / "teacher")
-    teacher_start = time.perf_counter()
-    trained = args.teacher is None and not (folder / "model.safetensors").exists()
-    if trained:
-        train_teacher(args, data, folder, device, log)
-    seconds = {"teacher": time.perf_counter() - teacher_start if trained else 0.0}
-    teacher = load_fine_tuned(folder, args).to(device)
+    seconds, teacher_start = {"teacher": 0.0}, time.perf_counter()
+    if teacher is None:
+        folder = args.out / "teacher"
+        if not (folder / "model.safetensors").exists():
+            train_teacher(args, data, folder, device, log)
+            seconds["teacher"] = time.perf_counter() - teacher_start
+        teacher = load_fine_tuned(folder, args)
+    teacher.to(device)
     dense = evaluate(teacher, args, dev_sets)
     print(f"dense, dev: {show_scores(dense)}", flush=True)
 

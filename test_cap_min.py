@@ -1,0 +1,859 @@
+"""The tests of CAP in three files, to be read as a lecture in four parts: numbers by hand,
+properties, parity with other implementations, behaviour. A docstring is the derivation of the
+number that its test asserts.
+
+Run:  python -m pytest -q test_cap_min.py
+Parity with transformers, tokenizers and safetensors is tested where these are installed."""
+
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import types
+import xml.dom.minidom
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import bert_min
+import cap_min
+import data_glue
+from bert_min import (Bert, BertClassifier, BertConfig, Layer, from_pretrained, load_safetensors,
+                      save_pretrained, save_safetensors)
+from cap_min import (Banks, MaskedLinear, StraightThrough, add_masks, apply_masks, cap_terms,
+                     contrastive_loss, cubic_density, distillation_loss, encode, encoder_linears,
+                     gradient_shares, linear_lr, main, set_masks, sparsity_report, topk_mask)
+from data_glue import TASKS, Example, WordPiece, batches, encode_task, load, score
+
+HERE = Path(__file__).parent
+LONG, DOUBLE = torch.int64, torch.float64
+
+
+def tensor(values, dtype=DOUBLE):
+    return torch.tensor(values, dtype=dtype)
+
+
+PIECES = ("[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film is the was it not un ##aff ##able "
+          "##s ##e ! . , - ' e ##n o u 中 文 ² ß σ ##σ ς ##ς 1 ##2 [ ] sep x").split()
+TINY = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                  intermediate_size=32, max_position_embeddings=32)
+
+
+@pytest.fixture(scope="session")
+def vocab(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(PIECES) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, vocab):
+    """Folder of a tiny BERT with random weights, as if it were pre-trained."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_pretrained(BertClassifier(TINY), folder)
+    (folder / "vocab.txt").write_bytes(vocab.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory):
+    """A data folder with 96 + 40 sentences for sst2, of many lengths; "good" means positive."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "SST-2").mkdir()
+    for name, count in (("train.tsv", 96), ("dev.tsv", 40)):
+        rows = [f"the film {'is ' * (i % 7)}{('bad', 'good')[i % 2]} !\t{i % 2}"
+                for i in range(count)]
+        (folder / "SST-2" / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return folder
+
+
+def toy_batch():
+    """Ids (3, 7), mask and segments, with padding in two of three examples."""
+    input_ids = torch.randint(4, TINY.vocab_size, (3, 7))
+    attention_mask = tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 2 + [0] * 5], LONG)
+    return input_ids, attention_mask, tensor([[0] * 3 + [1] * 4] * 3, LONG)
+
+
+# ========================================================== part 1: numbers by hand
+# ----------------------------------------------------------------------------- masks
+
+
+def test_mask_keeps_the_largest_of_ten_integers():
+    """round(0.3 * 10) = 3 of the scores 0 ... 9 are kept: 7, 8 and 9. Eq. (1)."""
+    scores = tensor([[3, 9, 0, 7, 1], [5, 2, 8, 4, 6]])
+    wanted = tensor([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]], torch.bool)
+    assert torch.equal(topk_mask(scores, 0.3), wanted)
+
+
+def test_mask_takes_tied_scores_by_index():
+    """k = 3 of [1, 2, 1, 1, 0] is the 2 and the first two of three ones; of constant scores the
+    first half. A comparison with the threshold would keep four, and all. Eq. (1)."""
+    assert topk_mask(tensor([1, 2, 1, 1, 0]), 0.6).tolist() == [True, True, True, False, False]
+    assert topk_mask(torch.zeros(2, 2), 0.5).tolist() == [[True, True], [False, False]]
+
+
+def test_mask_keeps_at_least_one():
+    """round(0.01 * 4) = 0, but a matrix without a single weight would cut the network. Eq. (1)."""
+    assert topk_mask(tensor([1, 4, 2, 3]), 0.01).tolist() == [False, True, False, False]
+
+
+def test_straight_through_gradients():
+    """y = (W * M) x with W = (2, -3), M = (1, 0), x = (5, 7): y = 10 and dy/dW' = x, so
+    dy/dS = dy/dW' * W = (5 * 2, 7 * -3) and dy/dW = dy/dW' * M = (5, 0). Eq. (2)."""
+    weight = tensor([2.0, -3.0]).requires_grad_()
+    scores = tensor([0.0, 0.0]).requires_grad_()
+    masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool), DOUBLE)
+    y = masked @ tensor([5.0, 7.0])
+    y.backward()
+    assert y.item() == 10
+    assert scores.grad.tolist() == [10, -21]
+    assert weight.grad.tolist() == [5, 0]
+
+
+def test_magnitude_start_of_scores():
+    """W = (-3, 1, -1, 3) has mean 0 and std sqrt(20 / 3): scores |W| / std. Zero: 0."""
+    linear = nn.Linear(4, 1)
+    linear.weight.data = torch.tensor([[-3.0, 1.0, -1.0, 3.0]])
+    wanted = torch.tensor([[3.0, 1.0, 1.0, 3.0]]) / math.sqrt(20 / 3)
+    assert torch.allclose(MaskedLinear(linear, "magnitude").scores, wanted)
+    assert MaskedLinear(linear, "zero").scores.tolist() == [[0, 0, 0, 0]]
+
+
+# -------------------------------------------------------------------------- schedule
+
+
+def test_cubic_schedule():
+    """From 1 to 0.2 between step 2 and step 10 - 4 = 6: at step 4 half of it is over, so
+    0.2 + 0.8 * (1 - 1/2)^3 = 0.3; before it is 1, after it 0.2. Eq. (3)."""
+    density = [cubic_density(step, 10, 1.0, 0.2, warm=2, cool=4) for step in range(11)]
+    assert density[:3] == [1, 1, 1]
+    assert density[4] == pytest.approx(0.3)
+    assert density[6:] == [0.2] * 5
+
+
+def test_learning_rate_schedule():
+    """Warm-up of 2 in 6 steps: 0, 1/2, 1, then down by 1/4 a step."""
+    assert [linear_lr(step, 6, 2) for step in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
+
+
+# ------------------------------------------------------------------- sparsity report
+
+
+def test_sparsity_report_counts_zeros():
+    """One of TINY's 12 matrices, of 16 * 16 weights, has 64 zeros: a share of 1/4 of it and of
+    64 / (2 * (4 * 16 * 16 + 2 * 16 * 32)) = 1/64 of all. The classifier does not count."""
+    model = BertClassifier(TINY)
+    model.bert.encoder.layer[1].attention.self.key.weight.data[:4] = 0
+    model.classifier.weight.data[:] = 0
+    report = sparsity_report(model)
+    assert report["total"] == 1 / 64
+    assert report["matrices"]["bert.encoder.layer.1.attention.self.key.weight"] == 0.25
+    assert sum(report["matrices"].values()) == 0.25 and len(report["matrices"]) == 12
+
+
+# ------------------------------------------------------------------ contrastive loss
+
+EAST, NORTH, WEST = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
+
+
+def loss_2d(queries, index, bank, labels, extra, **options):
+    """`contrastive_loss` at tau = 1 on two-dimensional vectors; labels are the bank's."""
+    labels, index = tensor(labels, LONG), tensor(index, LONG)
+    return contrastive_loss(tensor(queries), index, labels[index], tensor(bank), labels,
+                            tensor(extra, LONG), **{"temperature": 1.0, **options})
+
+
+def test_one_positive_one_negative():
+    """The anchor points east. Candidates: its own bank row, east too (s = 1), and a drawn one,
+    north (s = 0). p(own) = e / (e + 1), so L^u = log(1 + 1/e) = 0.3133. Eq. (5)."""
+    unsup, sup = loss_2d([EAST], [0], [[EAST], [NORTH]], [0, 1], extra=[1])
+    assert unsup.item() == pytest.approx(0.31326, abs=1e-5)
+    assert sup.item() == pytest.approx(0.31326, abs=1e-5)
+
+
+def test_temperature_divides_similarity():
+    """The same at tau = 1/2: s = 2 and 0, so L^u = log(1 + e^-2). Eq. (5)."""
+    unsup, _ = loss_2d([EAST], [0], [[EAST], [NORTH]], [0, 1], extra=[1], temperature=0.5)
+    assert unsup.item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+def test_candidates_are_other_anchors_and_bank_rows():
+    """Anchors east and north, with bank rows alike; nothing is drawn. The candidates of the
+    first are the second (s = 0) and both bank rows (s = 1, 0), not itself:
+    -log p = log(e + 2) - 1 for each, sum |P| = 2, L^u = (2 / 2)(log(e + 2) - 1). Eq. (4)."""
+    unsup, _ = loss_2d([EAST, NORTH], [0, 1], [[EAST], [NORTH]], [0, 1], extra=[])
+    assert unsup.item() == pytest.approx(math.log(math.e + 2) - 1)
+
+
+def test_other_anchors_are_constants():
+    """L^u of anchors q_0 and q_1 as a function of both: as candidates they are behind a stop-
+    gradient, so dL/dq_0 is that of the first anchor's term with q_1 held fixed. Eq. (4)."""
+    torch.manual_seed(0)
+    queries = torch.randn(2, 2, dtype=DOUBLE, requires_grad=True)
+    bank, index = torch.eye(2, dtype=DOUBLE)[:, None], tensor([0, 1], LONG)
+    unsup, _ = contrastive_loss(queries, index, index, bank, index, tensor([], LONG))
+    got, = torch.autograd.grad(unsup, queries)
+    q = queries / queries.norm(dim=1, keepdim=True)
+    keys = torch.stack([q[1].detach(), bank[0, 0], bank[1, 0]])
+    first = -(keys @ q[0] / 0.1).log_softmax(0)[1] / 2  # / sum |P| = 2
+    wanted, = torch.autograd.grad(first, queries)
+    assert torch.allclose(got[0], wanted[0], atol=1e-12)
+
+
+def test_positives_of_an_example_drawn_twice():
+    """E draws the anchor's own row again: of the three candidates (own, own, north) two are
+    positive, -log p = log(2e + 1) - 1 for both, and their mean is divided by |P| = 2. Eq. (6)."""
+    unsup, _ = loss_2d([EAST], [0], [[EAST], [NORTH]], [0, 1], extra=[0, 1])
+    assert unsup.item() == pytest.approx((math.log(2 * math.e + 1) - 1) / 2)
+
+
+def test_positives_of_every_ancestor():
+    """K = 2 ancestors of the anchor, one east (s = 1), one west (s = -1), are both positive:
+    the mean of -log p is log(e + 1/e), over |P| = 2. Eq. (6)."""
+    unsup, _ = loss_2d([EAST], [0], [[EAST, WEST]], [0], extra=[])
+    assert unsup.item() == pytest.approx(math.log(math.e + 1 / math.e) / 2)
+
+
+def test_positives_with_the_same_label():
+    """The drawn example north has the anchor's label, west has not. Z = e + 1 + 1/e; P^s is own
+    and north: mean of -log p = log Z - (1 + 0) / 2, over |P| = 2. P^u is own alone. Eq. (6)."""
+    unsup, sup = loss_2d([EAST], [0], [[EAST], [NORTH], [WEST]], [1, 1, 0], extra=[1, 2])
+    log_z = math.log(math.e + 1 + 1 / math.e)
+    assert unsup.item() == pytest.approx(log_z - 1)
+    assert sup.item() == pytest.approx((log_z - 0.5) / 2)
+
+
+def test_supcon_divides_by_the_batch():
+    """The two forms differ in the divisor alone: official * sum |P_i| = supcon * B. With two
+    anchors of one label and one drawn row of another, P^s_i is the other anchor and both bank
+    rows: sum |P^s_i| = 6, sum |P^u_i| = 2, B = 2. Eq. (7)."""
+    case = ([EAST, NORTH], [0, 1], [[EAST], [NORTH], [WEST]], [1, 1, 0], [2])
+    official, supcon = loss_2d(*case), loss_2d(*case, norm="supcon")
+    assert official[0].item() * 2 == pytest.approx(supcon[0].item() * 2)
+    assert official[1].item() * 6 == pytest.approx(supcon[1].item() * 2)
+
+
+# ------------------------------------------------------------------------ total loss
+
+
+def test_distillation():
+    """T = 2, teacher logits (2 log 3, 0), student (0, 0): softmax at T gives (3/4, 1/4) and
+    (1/2, 1/2); T^2 KL = 4 (3/4 log(3/2) + 1/4 log(1/2)) = 0.5232. Eq. (8)."""
+    value = distillation_loss(tensor([[0.0, 0.0]]), tensor([[2 * math.log(3), 0.0]]), 2.0)
+    assert value.item() == pytest.approx(0.52325, abs=1e-5)
+    assert distillation_loss(tensor([[1.0]]), tensor([[3.0]])).item() == 4  # regression: 2^2
+
+
+def cap_case(without=(), banks=("prc", "snc", "fic"), snapshots=1):
+    """Arguments of `cap_terms`: three banks of 4 examples that all point east, one anchor."""
+    store = Banks([name for name in banks if name not in without], 4, 2, 2, torch.device("cpu"))
+    for name in store.bank:
+        for _ in range(snapshots if name == "snc" else 1):
+            store.add(name, torch.tensor([EAST] * 4))
+    args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2,
+                                 temperature=0.1, norm="official", without=list(without))
+    labels = tensor([1, 0, 0, 0], LONG)
+    batch = {"index": tensor([0], LONG), "labels": labels[:1]}
+    logits = tensor([[0.0, 0.0]], torch.float32).requires_grad_()
+    pooled = torch.tensor([EAST]).requires_grad_()
+    return (logits, pooled, batch, torch.zeros(4, 2), store, labels, tensor([1, 2], LONG), args)
+
+
+def test_total_loss():
+    """CE of logits (0, 0) is log 2, the teacher says the same: KD 0. All bank rows are east, so
+    p = 1/C for each: PrC and FiC have C = 1 + 2 candidates, one positive (the anchor alone has
+    label 1), both terms log 3. SnC with K = 2 draws 2 / K = 1 example: C = 2 + 2 candidates, two
+    positives, log 4 / 2. L = 0.1 log 2 + 0.9 * 0 + (0.5 + 7)(2 log 3 + log 4 / 2). Eq. (8)."""
+    terms = cap_terms(*cap_case(snapshots=2))
+    assert list(terms) == ["ce", "kd", "prc", "snc", "fic"]
+    assert terms["ce"].item() == pytest.approx(0.1 * math.log(2))
+    assert terms["kd"].item() == pytest.approx(0, abs=1e-7)
+    assert terms["prc"].item() == pytest.approx(7.5 * math.log(3))
+    assert terms["snc"].item() == pytest.approx(7.5 * math.log(4) / 2)
+    assert terms["fic"].item() == pytest.approx(7.5 * math.log(3))
+
+
+# ------------------------------------------------------------------------- WordPiece
+
+
+def pieces(vocab, text, **options):
+    tokenizer = WordPiece(vocab, **options)
+    return " ".join(PIECES[i] for i in tokenizer.encode(text)[0][1:-1])
+
+
+def test_wordpiece_takes_the_longest_prefix(vocab):
+    """"un" is the longest known prefix, then "##aff", "##able"; a rest that no piece begins
+    makes the whole word unknown, as do over 100 characters."""
+    assert pieces(vocab, "unaffable films filmx") == "un ##aff ##able film ##s [UNK]"
+    assert pieces(vocab, "u" + "s" * 99) == " ".join(["u"] + ["##s"] * 99)
+    assert pieces(vocab, "u" + "s" * 100) == "[UNK]"
+
+
+def test_wordpiece_cleans_as_google_does(vocab):
+    """Control characters vanish, also inside a word; every space splits; accents go with the
+    case; ideographs and punctuation stand alone; a final sigma is lower-cased as one; a special
+    token in a text is only text; private-use characters stay, so they are unknown."""
+    assert pieces(vocab, "UN\u200baff\x00able\u00a0go\xadod\u2028bad") == "un ##aff ##able good bad"
+    assert pieces(vocab, "\u00c9-\u0065\u0301!中文e") == "e - e ! 中 文 e"
+    assert pieces(vocab, "ΣΣ") == "σ ##ς"
+    assert pieces(vocab, "[SEP]") == "[ sep ]"
+    assert pieces(vocab, "good\ue000 \ue000") == "[UNK] [UNK]"
+    assert pieces(vocab, "Good good", lowercase=False) == "[UNK] good"
+    assert pieces(vocab, " \t ") == ""
+
+
+def test_pair_truncation_takes_from_the_longer(vocab):
+    """8 ids hold 3 special ones and 5 pieces. Of (5, 3) the first text loses 2, then, at 3 and
+    3, the second one: (3, 2). Segments are 0 up to the first [SEP], 1 after it."""
+    ids, segments = WordPiece(vocab).encode("a film is the good", "bad bad bad", max_length=8)
+    assert " ".join(PIECES[i] for i in ids) == "[CLS] a film is [SEP] bad bad [SEP]"
+    assert segments == [0] * 5 + [1] * 3
+    ids, _ = WordPiece(vocab).encode("a film is the good", max_length=5)
+    assert " ".join(PIECES[i] for i in ids) == "[CLS] a film is [SEP]"
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def test_metrics():
+    """Predictions 1 1 0 0 for labels 1 0 1 0: half right; 1 true of 2 predicted and 2 real
+    positives, F1 = 2 / 4; as many agreements as chance, Matthews 0. Predicting 1 1 1 0 for
+    1 1 0 0: TP 2, FP 1, TN 1, FN 0, F1 = 4 / 5, Matthews 2 / sqrt(3 * 2 * 2 * 1) = 0.577."""
+    assert score("mrpc", [1, 1, 0, 0], [1, 0, 1, 0]) == {"accuracy": 0.5, "f1": 0.5}
+    assert score("cola", [1, 1, 0, 0], [1, 0, 1, 0]) == {"matthews": 0}
+    assert score("mrpc", [1, 1, 1, 0], [1, 1, 0, 0])["f1"] == pytest.approx(0.8)
+    assert score("cola", [1, 1, 1, 0], [1, 1, 0, 0])["matthews"] == pytest.approx(2 / 12 ** 0.5)
+    assert score("cola", [1, 1], [1, 0]) == {"matthews": 0}
+
+
+def test_correlations():
+    """(1, 2, 9) and (1, 2, 3) have the same order: Spearman 1. Pearson: x - 4 = (-3, -2, 5),
+    y - 2 = (-1, 0, 1), 8 / sqrt(38 * 2) = 0.918. Tied values share their mean rank:
+    (5, 5, 7) has ranks (1.5, 1.5, 3)."""
+    got = score("stsb", [1, 2, 9], [1, 2, 3])
+    assert got == {"pearson": pytest.approx(8 / 76 ** 0.5), "spearman": pytest.approx(1)}
+    assert data_glue.ranks(np.array([5, 5, 7])).tolist() == [1.5, 1.5, 3]
+
+
+# =============================================================== part 2: properties
+# ----------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
+@pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
+def test_mask_is_the_head_of_a_stable_sort(size, density):
+    """For any scores, few distinct ones and periodic ones (which mislead a strided sample) too,
+    the mask marks the first k of a stable descending sort. Eq. (1)."""
+    torch.manual_seed(size)
+    k = max(1, round(density * size))
+    for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
+                   (torch.arange(size) % 61).float(), torch.arange(size).double()):
+        wanted = torch.zeros(size, dtype=torch.bool)
+        wanted[scores.sort(descending=True, stable=True).indices[:k]] = True
+        assert torch.equal(topk_mask(scores, density), wanted)
+
+
+def test_score_grows_when_the_weight_leaves_zero():
+    """Movement: after a step of gradient descent on W and S, S has grown exactly where |W| has
+    (before masking), as dS = -lr dL/dW' W and dW = -lr dL/dW' have that sign. Eq. (2)."""
+    torch.manual_seed(0)
+    layer = MaskedLinear(nn.Linear(8, 8))
+    before = layer.weight.detach().clone()
+    layer(torch.randn(5, 8)).square().sum().backward()
+    moved = before - 1e-4 * layer.weight.grad
+    grown = -layer.scores.grad > 0
+    assert torch.equal(grown, moved.abs() > before.abs())
+
+
+def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export():
+    """Adam's momentum revives a pruned weight (its gradient is 0, its step is not); the export
+    is W * M all the same."""
+    torch.manual_seed(0)
+    model = add_masks(BertClassifier(TINY), "zero")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for density in (1.0, 0.1, 0.1):
+        set_masks(model, density)
+        optimizer.zero_grad()
+        model(*toy_batch())[0].square().sum().backward()
+        optimizer.step()
+    for layer in encoder_linears(model).values():
+        assert (layer.weight.grad[~layer.mask] == 0).all()
+        assert (layer.weight[~layer.mask] != 0).any()
+    kept = {name: int(layer.mask.sum()) for name, layer in encoder_linears(model).items()}
+    masked = model.eval()(*toy_batch())[0].shape
+    for name, layer in encoder_linears(apply_masks(model)).items():
+        assert type(layer) is nn.Linear
+        assert int((layer.weight != 0).sum()) == kept[name] == round(0.1 * layer.weight.numel())
+    assert masked == (3, 2)
+
+
+def test_only_encoder_matrices_are_pruned_and_embeddings_are_frozen():
+    model = add_masks(BertClassifier(TINY), "zero")
+    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedLinear)]
+    assert len(masked) == 6 * TINY.num_hidden_layers
+    assert all(name.startswith("bert.encoder.layer.") for name in masked)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if "embeddings" in name}
+
+
+# -------------------------------------------------------------------- snapshot banks
+
+
+def toy_data(vocab, count=10):
+    examples = [Example("good " * (1 + i % 5), None, i % 2) for i in range(count)]
+    return encode_task(examples, WordPiece(vocab), max_length=16)
+
+
+def test_encode_is_deterministic_and_restores_the_mode(vocab):
+    """Dropout is on in the training model, off in `encode`; its rows are the model's pooled
+    vectors in the order of the data, whatever the batches."""
+    torch.manual_seed(0)
+    model, data = BertClassifier(TINY).train(), toy_data(vocab)
+    first, second = encode(model, data), encode(model, data, batch_size=3)
+    assert model.training and not first.requires_grad
+    assert torch.allclose(first, second, atol=1e-6)
+    batch = data.batch(tensor([4], LONG))
+    alone = model.eval()(*cap_min.inputs(batch))[1]
+    assert torch.allclose(first[4], alone[0], atol=1e-6)
+    encode(model, data)
+    assert not model.training
+
+
+def test_banks_hold_unit_vectors_in_the_order_they_came():
+    banks = Banks(["prc", "snc"], size=3, hidden_size=4, snapshots=2, device=torch.device("cpu"))
+    assert banks.items() == []
+    first, second = torch.randn(3, 4), torch.randn(3, 4)
+    banks.add("snc", first)
+    banks.add("snc", second)
+    (name, bank), = banks.items()
+    assert name == "snc" and bank.shape == (3, 2, 4) and bank.dtype == torch.float16
+    for k, pooled in enumerate((first, second)):
+        unit = pooled / pooled.norm(dim=1, keepdim=True)
+        assert torch.allclose(bank[:, k].float(), unit, atol=1e-3)
+
+
+# ------------------------------------------------------------------ contrastive loss
+
+
+def random_case(seed=0):
+    torch.manual_seed(seed)
+    bank = nn.functional.normalize(torch.randn(20, 3, 8, dtype=DOUBLE), dim=-1)
+    labels = torch.randint(0, 3, (20,))
+    index, extra = torch.randperm(20)[:5], torch.randperm(20)[:9]
+    return torch.randn(5, 8, dtype=DOUBLE), index, labels[index], bank, labels, extra
+
+
+def test_loss_does_not_depend_on_length_or_order():
+    """q is normalised, and all sums run over sets: neither the length of the queries, nor the
+    order of the batch or of the drawn examples matters."""
+    queries, index, labels, bank, bank_labels, extra = random_case()
+    wanted = contrastive_loss(queries, index, labels, bank, bank_labels, extra)
+    order = tensor([3, 1, 4, 0, 2], LONG)
+    got = contrastive_loss(7 * queries[order], index[order], labels[order], bank, bank_labels,
+                           extra.flip(0))
+    assert torch.allclose(torch.stack(got), torch.stack(wanted), atol=1e-12)
+
+
+def test_loss_gradient_is_that_of_finite_differences():
+    """With the other anchors constant (eq. 4), a single anchor's loss is a plain function."""
+    queries, index, labels, bank, bank_labels, extra = random_case()
+
+    def value(query):
+        return contrastive_loss(query, index[:1], labels[:1], bank, bank_labels, extra)
+
+    assert torch.autograd.gradcheck(value, queries[:1].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("without", [names for r in range(5) for names in
+                                     itertools.combinations(("prc", "snc", "fic", "kd"), r)])
+def test_any_combination_of_terms(without):
+    """Each of the 16 sets of --without leaves exactly the other terms, and every one of them
+    that can move the encoder has a share of its gradient."""
+    logits, pooled, *rest = cap_case(without)
+    logits = pooled @ torch.tensor([[0.5, 0.0], [0.0, 0.5]])
+    terms = cap_terms(logits, pooled, *rest)
+    assert set(terms) == {"ce", "kd", "prc", "snc", "fic"} - set(without)
+    shares = gradient_shares(terms, pooled)
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and shares["ce"] > 0
+
+
+def test_snc_is_absent_until_there_is_a_snapshot():
+    terms = cap_terms(*cap_case(snapshots=0))
+    assert set(terms) == {"ce", "kd", "prc", "fic"}
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def test_every_example_once_an_epoch_padded_to_the_longest(vocab):
+    data = toy_data(vocab, 150)
+    seen = []
+    for batch in batches(data, 4, seed=0):
+        lengths = batch["attention_mask"].sum(1)
+        assert batch["input_ids"].shape == (len(lengths), lengths.max())
+        assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"] == 1)
+        seen += batch["index"].tolist()
+        for row, i in enumerate(batch["index"].tolist()):
+            tokens = data.tokens[data.starts[i]:data.starts[i + 1]].tolist()
+            assert batch["input_ids"][row, :lengths[row]].tolist() == tokens
+            assert batch["labels"][row] == i % 2
+    assert sorted(seen) == list(range(150))
+
+
+def test_position_in_the_data_is_epoch_and_batch(vocab):
+    """(seed, epoch) decides the order, so the rest of an epoch can be had again."""
+    data = toy_data(vocab, 50)
+    order = [batch["index"].tolist() for batch in batches(data, 8, seed=3, epoch=2)]
+    rest = [batch["index"].tolist() for batch in batches(data, 8, seed=3, epoch=2, start=4)]
+    other = [batch["index"].tolist() for batch in batches(data, 8, seed=3, epoch=3)]
+    assert rest == order[4:] and other != order and len(order) == math.ceil(50 / 8)
+
+
+def test_batches_are_of_similar_length(vocab):
+    """Lengths 1 ... 5 + 2 special ids, shuffled, would pad about a third; bucketed under 5 %."""
+    data = toy_data(vocab, 1000)
+    real = padded = 0
+    for batch in batches(data, 20, seed=0):
+        real += int(batch["attention_mask"].sum())
+        padded += batch["attention_mask"].numel()
+    assert real / padded > 0.95
+
+
+def test_segments_of_a_pair(vocab):
+    data = encode_task([Example("good film", "bad", 1), Example("a", "b", 0)], WordPiece(vocab))
+    batch = data.batch(tensor([0, 1], LONG))
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+
+
+# =================================================================== part 3: parity
+# ------------------------------------------------------------------ contrastive loss
+
+CASES = json.loads((HERE / "fixtures" / "contrastive_cases.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_published_loss(case):
+    """Values and gradients that the published code gives for seeded inputs: K = 1 to 3 ancestors,
+    rows drawn again, several tau and weights. The gradients are kept to 12 digits. Eq. (4) to (7)."""
+    queries = tensor(case["queries"]).requires_grad_()
+    index, labels = tensor(case["batch_index"], LONG), tensor(case["bank_labels"], LONG)
+    unsup, sup = contrastive_loss(queries, index, labels[index], tensor(case["bank"]), labels,
+                                  tensor(case["extra_index"], LONG), case["temperature"])
+    total = case["w_unsup"] * unsup + case["w_sup"] * sup
+    for name, value in (("unsup", unsup), ("sup", sup), ("total", total)):
+        wanted = case["official"]
+        gradient, = torch.autograd.grad(value, queries, retain_graph=True)
+        assert value.item() == pytest.approx(wanted[name], abs=1e-9)
+        assert (gradient - tensor(wanted[name + "_grad"])).abs().max() < 1e-9
+
+
+# ------------------------------------------------------------------------------ BERT
+
+
+def test_layer_is_torch_transformer_encoder_layer():
+    """torch's post-norm layer with gelu computes the same from the same weights; query, key and
+    value lie there in one matrix, and its padding mask is True where ours is 0."""
+    torch.manual_seed(0)
+    ours = Layer(TINY).double().eval()
+    theirs = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", layer_norm_eps=1e-12,
+                                        batch_first=True, dtype=DOUBLE).eval()
+    heads, feed = ours.attention.self, (ours.intermediate.dense, ours.output.dense)
+    pairs = [(theirs.self_attn.out_proj, ours.attention.output.dense), (theirs.linear1, feed[0]),
+             (theirs.linear2, feed[1]), (theirs.norm1, ours.attention.output.LayerNorm),
+             (theirs.norm2, ours.output.LayerNorm)]
+    for copy, original in pairs:
+        copy.load_state_dict(original.state_dict())
+    qkv = [heads.query, heads.key, heads.value]
+    theirs.self_attn.in_proj_weight.data = torch.cat([layer.weight for layer in qkv]).data
+    theirs.self_attn.in_proj_bias.data = torch.cat([layer.bias for layer in qkv]).data
+    x, real = torch.randn(2, 5, 16, dtype=DOUBLE), tensor([[1] * 5, [1] * 3 + [0] * 2], torch.bool)
+    got = ours(x, real[:, None, None])
+    wanted = theirs(x, src_key_padding_mask=~real)
+    assert (got - wanted)[real].abs().max() < 1e-12
+
+
+def in_transformers(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertForSequenceClassification.from_pretrained(
+        folder, attn_implementation="eager").eval()
+
+
+def test_bert_is_transformers_bert(pretrained):
+    """Logits and the gradients of all parameters, double precision, padded pairs: 1e-8."""
+    ours, theirs = from_pretrained(pretrained).double().eval(), in_transformers(pretrained).double()
+    ids, mask, segments = toy_batch()
+    logits, pooled = ours(ids, mask, segments)
+    wanted = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
+    assert (logits - wanted).abs().max() < 1e-8
+    hidden, same_pooled = ours.bert(ids, mask, segments)
+    assert hidden.shape == (3, 7, 16) and torch.equal(pooled, same_pooled)
+    assert torch.equal(ours(ids)[0], ours(ids, torch.ones_like(ids), torch.zeros_like(ids))[0])
+    weights = torch.randn(3, 2, dtype=DOUBLE)
+    (logits * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    assert len(gradients) == len(list(ours.parameters()))
+    for name, p in ours.named_parameters():
+        assert (p.grad - gradients[name]).abs().max() < 1e-8, name
+
+
+def test_configuration_round_trip(tmp_path):
+    """config.json goes through ours and transformers' reader and back without loss."""
+    config = BertConfig(hidden_size=24, num_attention_heads=3, id2label={0: "no", 1: "yes", 2: "x"},
+                        num_labels=3, layer_norm_eps=1e-6)
+    config.to_json(tmp_path / "config.json")
+    assert BertConfig.from_json(tmp_path / "config.json") == config
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert theirs.num_labels == 3 and theirs.hidden_size == 24 and theirs.layer_norm_eps == 1e-6
+    theirs.save_pretrained(tmp_path)
+    assert BertConfig.from_json(tmp_path / "config.json") == config
+
+
+def test_safetensors_files_of_both_sides(tmp_path):
+    """Files go both ways between ours and the safetensors library, empty and scalar ones too."""
+    library = pytest.importorskip("safetensors.torch")
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).half(), "c": torch.tensor(3),
+               "d": torch.empty(0, 4), "e": torch.ones(3, dtype=torch.bool),
+               "f": torch.randn(2).bfloat16(), "g": torch.randn(2, 2, dtype=DOUBLE).T}
+    save_safetensors(tensors, tmp_path / "ours")
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    library.save_file(plain, tmp_path / "theirs")
+    for loaded in (library.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs"),
+                   load_safetensors(tmp_path / "ours")):
+        assert loaded.keys() == tensors.keys()
+        for name, wanted in tensors.items():
+            assert loaded[name].dtype == wanted.dtype and torch.equal(loaded[name], wanted)
+
+
+# ------------------------------------------------------------------------- WordPiece
+
+ODD_TEXTS = [
+    "Good film, isn't it?", "naïve café ÀÉÎÕÜ Ǖ ẞß", "中文good中文 \u3400\U00020000\uf900日本語カナ한국어",
+    "a\x00b\x07c\u200bd\ufeffe\u00ade\ufffdf", "tab\there\r\nand\u00a0there\u2003too\u3000.\u2028x\u2029y",
+    "😀👩‍👩‍👧🏽 good🎬film ☃️", "good-bad_film@x.com #1 $2 £3 €4 «e» “e” … — ¿e? ،؛", "u" * 100 + " " + "u" * 101,
+    "e\u0301e\u0300\u0323 \u1ec7 Å \u212b K", "İstanbul IJ DŽ ŁØ", "x" * 5000, "", " ", "२३ ½ ² ① Ⅷ",
+    "مرحبا بالعالم שָׁלוֹם Привет Ёж Ελληνικά", "[CLS]x [ UNK ] ##s ##", "a`b^c~d|e{e}e\\e",
+]
+
+
+def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
+    """The same ids and segments for texts with accents, ideographs, control characters, emoji and
+    long words, alone and in pairs. Special tokens written in a text are text here and in
+    Google's code; the library is asked without them. The vocabulary has every character."""
+    tokenizers = pytest.importorskip("tokenizers")
+    parts = sorted({char for text in ODD_TEXTS for char in "".join(WordPiece(vocab).words(text))})
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(PIECES + parts + ["##" + part for part in parts]), encoding="utf-8")
+    ours, theirs = WordPiece(path), tokenizers.BertWordPieceTokenizer(str(path))
+    theirs.normalizer = tokenizers.normalizers.BertNormalizer()
+    for text_a, text_b in itertools.product(ODD_TEXTS, [None] + ODD_TEXTS[:8]):
+        if "[CLS]" in text_a:
+            continue
+        wanted = theirs.encode(text_a, text_b)
+        assert ours.encode(text_a, text_b, max_length=20_000) == (wanted.ids, wanted.type_ids)
+        theirs.enable_truncation(13)  # room for 10 pieces: an even number, see the next test
+        wanted = theirs.encode(text_a, text_b) if text_b is not None else None
+        theirs.no_truncation()
+        assert wanted is None or ours.encode(text_a, text_b, 13) == (wanted.ids, wanted.type_ids)
+
+
+def test_odd_room_goes_to_the_first_text_as_in_google_s_code(vocab):
+    """Of two texts of 3 pieces in a room of 5 the second gives way (Google: ties pop the second);
+    the tokenizers library would leave (2, 3)."""
+    ids, segments = WordPiece(vocab).encode("a film is", "bad bad bad", max_length=8)
+    assert segments == [0] * 5 + [1] * 3
+
+
+# =============================================================== part 4: behaviour
+# ---------------------------------------------------------------------- whole runs
+
+
+def command(pretrained, glue, out, *more):
+    return ["--task", "sst2", "--sparsity", "0.9", "--model", str(pretrained), "--data-dir",
+            str(glue), "--out", str(out), "--epochs", "3", "--batch-size", "8", "--max-length",
+            "16", "--device", "cpu", "--dtype", "fp32", "--lr", "1e-3", *more]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, pretrained, glue):
+    """The folder of a finished run of all terms on the tiny model."""
+    out = tmp_path_factory.mktemp("runs") / "cap"
+    assert main(command(pretrained, glue, out)) == 0
+    return out
+
+
+def test_run_folder(finished):
+    """It holds what DESIGN.md's third section says, the record its keys, the curve is XML."""
+    assert {path.name for path in finished.iterdir()} == {
+        "teacher", "model", "record.json", "log.jsonl", "curve.svg"}
+    record = json.loads((finished / "record.json").read_text())
+    assert set(record) == {
+        "config", "seed", "versions", "source_sha256", "train_sha256", "examples", "dense",
+        "pruned", "sparsity", "seconds", "examples_per_second", "peak_memory_bytes"}
+    assert record["examples"] == {"train": 96, "dev": 40}
+    assert set(record["seconds"]) == {"teacher", "banks", "prune", "total"}
+    assert record["config"]["score_init"] == "magnitude"  # auto: a short run
+    xml.dom.minidom.parse(str(finished / "curve.svg"))
+
+
+def test_log_tells_each_term_and_its_share(finished):
+    """Every line of the pruning phase has the terms, which sum to the loss, and their gradient
+    shares; SnC appears with the second epoch; every epoch has its dev score; the share of kept
+    weights falls from 1 to 0.1."""
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line.get("phase") == "prune" and "loss" in line]
+    for line in steps:
+        names = {"ce", "kd", "prc", "fic"} | ({"snc"} if line["epoch"] else set())
+        assert set(line["gradient_share"]) == names
+        assert sum(line[name] for name in names) == pytest.approx(line["loss"])
+    assert [line["epoch"] for line in lines if "dev" in line] == [0, 1, 2]
+    assert steps[0]["kept"] == 1 and steps[-1]["kept"] == pytest.approx(0.1)
+
+
+def test_export_has_exactly_k_weights_and_is_transformers(finished, vocab, glue):
+    """In the file, each matrix has exactly round(0.1 * numel) weights that are not 0; transformers
+    loads it, gives our logits, and its accuracy is the record's."""
+    stored = load_safetensors(finished / "model" / "model.safetensors")
+    record = json.loads((finished / "record.json").read_text())
+    assert len(record["sparsity"]["matrices"]) == 12
+    for name, sparsity in record["sparsity"]["matrices"].items():
+        zeros = stored[name].numel() - round(0.1 * stored[name].numel())
+        assert int((stored[name] == 0).sum()) == zeros == round(sparsity * stored[name].numel())
+    data = encode_task(load("sst2", "dev", glue), WordPiece(vocab), 16)
+    batch = data.batch(torch.arange(len(data)))
+    ours = from_pretrained(finished / "model").eval()(*cap_min.inputs(batch))[0]
+    theirs = in_transformers(finished / "model")
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    wanted = theirs(**{name: batch[name] for name in names}).logits
+    assert (ours - wanted).abs().max() < 1e-5
+    accuracy = (wanted.argmax(1) == data.labels).float().mean().item()
+    assert accuracy == pytest.approx(record["pruned"]["accuracy"])
+    assert theirs.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_run_is_reproducible_and_finished_only_once(finished, pretrained, glue, tmp_path, capsys):
+    """Another folder, the same command, the teacher of the first run: the same weights to the
+    last bit. The command again does nothing; with another option it is refused."""
+    again = tmp_path / "again"
+    assert main(command(pretrained, glue, again, "--teacher", str(finished / "teacher"))) == 0
+    weights = "model/model.safetensors"
+    assert (again / weights).read_bytes() == (finished / weights).read_bytes()
+    before = (finished / "record.json").stat().st_mtime_ns
+    assert main(command(pretrained, glue, finished)) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main(command(pretrained, glue, finished, "--lr", "2e-3")) == 2
+    assert "lr differ" in capsys.readouterr().err
+    assert (finished / "record.json").stat().st_mtime_ns == before
+
+
+def test_movement_with_distillation_needs_no_bank(pretrained, glue, tmp_path):
+    """--without prc snc fic is movement pruning with distillation; the record says so."""
+    assert main(command(pretrained, glue, tmp_path, "--without", "snc", "prc", "fic")) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert set(log[-2]["gradient_share"]) == {"ce", "kd"}
+    assert log[0]["config"]["without"] == ["fic", "prc", "snc"]
+
+
+def test_regression_and_pairs(pretrained, tmp_path):
+    """STS-B: one output, squared errors, Pearson and Spearman; labels in a column of ten."""
+    (tmp_path / "STS-B").mkdir()
+    header = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
+    rows = [f"{i}\t.\t.\t.\t.\t.\t.\tgood film\t{'good ' * (i % 5)}\t{i % 5}" for i in range(48)]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
+    options = command(pretrained, tmp_path, tmp_path / "run")
+    options[1] = "stsb"
+    assert main(options) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert set(record["pruned"]) == {"pearson", "spearman"}
+    assert record["dense"]["pearson"] > 0.5  # the number of words decides, and can be learnt
+
+
+def test_step_line_fits_in_120_columns(capsys):
+    """On MNLI at full length: step | kept | loss = terms | lr | ms, ex/s, GB | eta."""
+    progress = cap_min.Progress(122_720, 32, torch.device("cpu"))
+    values = {name: 9.87654 for name in ("ce", "kd", "prc", "snc", "fic")}
+    progress.start -= 1800
+    progress.last_time -= 3 * 122_000
+    progress.show(121_999, 0.123456, values, 2.9e-5)
+    _, line = capsys.readouterr().out.splitlines()
+    assert len(line) <= 120
+    assert re.fullmatch(r"122000/122720 \| 12.3% \| 49.38 = ce 9.88 kd 9.88 prc 9.88 snc 9.88 "
+                        r"fic 9.88 \| 2.9e-05 \| 3000, 11, \d+\.\d \| 0:00:10", line)
+
+
+# ------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["--task", "mnlii"], "invalid choice: 'mnlii'"),
+    (["--sparsity", "97"], "97 is not a share in [0, 1); 97 % is 0.97"),
+    (["--sparsity", "1.0"], "not a share"),
+    (["--sparsity", "nan"], "not a share"),
+    (["--epochs", "0"], "0 is not at least 1"),
+    (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+    (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--data-dir", "nowhere"], "nowhere/SST-2/train.tsv"),
+    (["--max-length", "33"], "the model's 32 positions"),
+    (["--epochs", "1", "--batch-size", "96"], "too few for the schedule"),
+    (["--teacher", "nowhere"], "nowhere: no such folder"),
+])
+def test_bad_arguments_end_in_one_sentence(options, sentence, pretrained, glue, tmp_path, capsys):
+    """Exit status 2, one line on stderr, and no run folder has been made."""
+    assert main(command(pretrained, glue, tmp_path / "run", *options)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("sentence\tlabel\ngood\t1\nbad\t2\n", "train.tsv, line 3: label '2', not one of 0, 1"),
+    ("sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only sentence, labels"),
+    ("sentence\tlabel\ngood 1\n", "line 2: only 1 columns"),
+    ("sentence\tlabel\n", "no examples"),
+    ("", "no column 'sentence'"),
+    (b"sentence\tlabel\ngood\t1\n\xff\xfe\t1\n", "line 3: not valid UTF-8"),
+])
+def test_bad_data_is_named_by_file_and_line(text, sentence, tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    raw = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "SST-2" / "train.tsv").write_bytes(raw)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load("sst2", "train", tmp_path)
+
+
+def test_glue_files_as_they_are(tmp_path):
+    """A byte-order mark, quotes that are text, columns by name in any order, CoLA without a header,
+    "-" where SNLI's annotators did not agree."""
+    for folder in ("MRPC", "CoLA", "snli"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "MRPC/train.tsv").write_text(
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n', "utf-8")
+    (tmp_path / "CoLA/train.tsv").write_text("gj04\t0\t*\tIt was\u2028good.\n")
+    (tmp_path / "snli/dev.tsv").write_text("gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
+    assert load("mrpc", "train", tmp_path) == [('"He said', '"', 1)]
+    assert load("cola", "train", tmp_path) == [("It was\u2028good.", None, 0)]
+    assert load("snli", "dev", tmp_path) == [("d", "c", 1)]
+
+
+def test_labels_of_a_teacher_must_be_the_task_s(pretrained, glue, tmp_path, capsys):
+    """A teacher that calls class 0 "positive" would score 0 in silence; it is refused."""
+    model = from_pretrained(pretrained)
+    model.config.id2label = {0: "positive", 1: "negative"}
+    save_pretrained(model, tmp_path / "teacher")
+    options = command(pretrained, glue, tmp_path / "run", "--teacher", str(tmp_path / "teacher"))
+    assert main(options) == 2
+    assert "its labels are ['positive', 'negative']" in capsys.readouterr().err
