@@ -119,11 +119,9 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
-
     def forward(self, x, key_mask):
-        q, k, v = (self.split_heads(project(x)) for project in (self.query, self.key, self.value))
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+                   for project in (self.query, self.key, self.value))
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=key_mask, dropout_p=self.dropout_prob if self.training else 0.0)
         return x.transpose(1, 2).flatten(2)  # (B, T, D)
@@ -203,8 +201,6 @@ class Pooler(nn.Module):
 
 
 class Bert(nn.Module):
-    """forward(input_ids (B,T), attention_mask (B,T), token_type_ids (B,T)) -> hidden, pooled."""
-
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
@@ -212,8 +208,8 @@ class Bert(nn.Module):
         self.pooler = Pooler(config)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
-        """Returns hidden (B,T,D) and pooled (B,D). attention_mask: 1 = token, 0 = padding
-        (default: no padding). token_type_ids: 0 = first text, 1 = second (default: all 0)."""
+        """input_ids (B,T) to hidden (B,T,D) and pooled (B,D). attention_mask: 1 = token,
+        0 = padding (default: all 1). token_type_ids: 0 = first text, 1 = second (default: 0)."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         key_mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
@@ -347,8 +343,7 @@ def load_bin(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a readable weight file ({reason})") from None
+        raise ValueError(f"{path}: not a weight file of tensors alone ({type(error).__name__})") from None
 
 
 def load_safetensors(path):

@@ -98,13 +98,10 @@ def test_mask_keeps_the_largest_of_ten_integers():
 
 def test_mask_takes_tied_scores_by_index():
     """k = 3 of [1, 2, 1, 1, 0] is the 2 and the first two of three ones; of constant scores the
-    first half. A comparison with the threshold would keep four, and all. Eq. (1)."""
+    first half: a comparison with the threshold would keep four, and all. round(0.01 * 4) = 0, but
+    a matrix keeps at least one weight. Eq. (1)."""
     assert topk_mask(tensor([1, 2, 1, 1, 0]), 0.6).tolist() == [True, True, True, False, False]
     assert topk_mask(torch.zeros(2, 2), 0.5).tolist() == [[True, True], [False, False]]
-
-
-def test_mask_keeps_at_least_one():
-    """round(0.01 * 4) = 0, but a matrix without a single weight would cut the network. Eq. (1)."""
     assert topk_mask(tensor([1, 4, 2, 3]), 0.01).tolist() == [False, True, False, False]
 
 
@@ -135,15 +132,12 @@ def test_magnitude_start_of_scores():
 
 def test_cubic_schedule():
     """From 1 to 0.2 between step 2 and step 10 - 4 = 6: at step 4 half of it is over, so
-    0.2 + 0.8 * (1 - 1/2)^3 = 0.3; before it is 1, after it 0.2. Eq. (3)."""
+    0.2 + 0.8 * (1 - 1/2)^3 = 0.3; before it is 1, after it 0.2. The learning rate, with a
+    warm-up of 2 in 6 steps: 0, 1/2, 1, then down by 1/4 a step. Eq. (3)."""
     density = [cubic_density(step, 10, 1.0, 0.2, warm=2, cool=4) for step in range(11)]
     assert density[:3] == [1, 1, 1]
     assert density[4] == pytest.approx(0.3)
     assert density[6:] == [0.2] * 5
-
-
-def test_learning_rate_schedule():
-    """Warm-up of 2 in 6 steps: 0, 1/2, 1, then down by 1/4 a step."""
     assert [linear_lr(step, 6, 2) for step in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
 
 
@@ -176,14 +170,11 @@ def loss_2d(queries, index, bank, labels, extra, **options):
 
 def test_one_positive_one_negative():
     """The anchor points east. Candidates: its own bank row, east too (s = 1), and a drawn one,
-    north (s = 0). p(own) = e / (e + 1), so L^u = log(1 + 1/e) = 0.3133. Eq. (5)."""
+    north (s = 0). p(own) = e / (e + 1), so L^u = log(1 + 1/e) = 0.3133. At tau = 1/2, s = 2 and
+    0, and L^u = log(1 + e^-2). Eq. (5)."""
     unsup, sup = loss_2d([EAST], [0], [[EAST], [NORTH]], [0, 1], extra=[1])
     assert unsup.item() == pytest.approx(0.31326, abs=1e-5)
     assert sup.item() == pytest.approx(0.31326, abs=1e-5)
-
-
-def test_temperature_divides_similarity():
-    """The same at tau = 1/2: s = 2 and 0, so L^u = log(1 + e^-2). Eq. (5)."""
     unsup, _ = loss_2d([EAST], [0], [[EAST], [NORTH]], [0, 1], extra=[1], temperature=0.5)
     assert unsup.item() == pytest.approx(math.log(1 + math.exp(-2)))
 
@@ -274,7 +265,8 @@ def test_total_loss():
     """CE of logits (0, 0) is log 2, the teacher says the same: KD 0. All bank rows are east, so
     p = 1/C for each: PrC and FiC have C = 1 + 2 candidates, one positive (the anchor alone has
     label 1), both terms log 3. SnC with K = 2 draws 2 / K = 1 example: C = 2 + 2 candidates, two
-    positives, log 4 / 2. L = 0.1 log 2 + 0.9 * 0 + (0.5 + 7)(2 log 3 + log 4 / 2). Eq. (8)."""
+    positives, log 4 / 2. L = 0.1 log 2 + 0.9 * 0 + (0.5 + 7)(2 log 3 + log 4 / 2). Before there is
+    a snapshot, SnC is absent. Eq. (8)."""
     terms = cap_terms(*cap_case(snapshots=2))
     assert list(terms) == ["ce", "kd", "prc", "snc", "fic"]
     assert terms["ce"].item() == pytest.approx(0.1 * math.log(2))
@@ -282,6 +274,7 @@ def test_total_loss():
     assert terms["prc"].item() == pytest.approx(7.5 * math.log(3))
     assert terms["snc"].item() == pytest.approx(7.5 * math.log(4) / 2)
     assert terms["fic"].item() == pytest.approx(7.5 * math.log(3))
+    assert set(cap_terms(*cap_case(snapshots=0))) == {"ce", "kd", "prc", "fic"}
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -465,16 +458,6 @@ def test_loss_does_not_depend_on_length_or_order():
     assert torch.allclose(torch.stack(got), torch.stack(wanted), atol=1e-12)
 
 
-def test_loss_gradient_is_that_of_finite_differences():
-    """With the other anchors constant (eq. 4), a single anchor's loss is a plain function."""
-    queries, index, labels, bank, bank_labels, extra = random_case()
-
-    def value(query):
-        return contrastive_loss(query, index[:1], labels[:1], bank, bank_labels, extra)
-
-    assert torch.autograd.gradcheck(value, queries[:1].clone().requires_grad_())
-
-
 @pytest.mark.parametrize("without", [names for r in range(5) for names in
                                      itertools.combinations(("prc", "snc", "fic", "kd"), r)])
 def test_any_combination_of_terms(without):
@@ -486,11 +469,6 @@ def test_any_combination_of_terms(without):
     assert set(terms) == {"ce", "kd", "prc", "snc", "fic"} - set(without)
     shares = gradient_shares(terms, pooled)
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and shares["ce"] > 0
-
-
-def test_snc_is_absent_until_there_is_a_snapshot():
-    terms = cap_terms(*cap_case(snapshots=0))
-    assert set(terms) == {"ce", "kd", "prc", "fic"}
 
 
 # --------------------------------------------------------------------------- batches
@@ -664,17 +642,10 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
             continue
         wanted = theirs.encode(text_a, text_b)
         assert ours.encode(text_a, text_b, max_length=20_000) == (wanted.ids, wanted.type_ids)
-        theirs.enable_truncation(13)  # room for 10 pieces: an even number, see the next test
+        theirs.enable_truncation(13)  # room for 10 pieces: ties over an odd one are cut otherwise
         wanted = theirs.encode(text_a, text_b) if text_b is not None else None
         theirs.no_truncation()
         assert wanted is None or ours.encode(text_a, text_b, 13) == (wanted.ids, wanted.type_ids)
-
-
-def test_odd_room_goes_to_the_first_text_as_in_google_s_code(vocab):
-    """Of two texts of 3 pieces in a room of 5 the second gives way (Google: ties pop the second);
-    the tokenizers library would leave (2, 3)."""
-    ids, segments = WordPiece(vocab).encode("a film is", "bad bad bad", max_length=8)
-    assert segments == [0] * 5 + [1] * 3
 
 
 # =============================================================== part 4: behaviour
@@ -857,3 +828,192 @@ def test_labels_of_a_teacher_must_be_the_task_s(pretrained, glue, tmp_path, caps
     options = command(pretrained, glue, tmp_path / "run", "--teacher", str(tmp_path / "teacher"))
     assert main(options) == 2
     assert "its labels are ['positive', 'negative']" in capsys.readouterr().err
+    assert TASKS["mnli"].words == ["entailment", "neutral", "contradiction"]
+
+
+# --------------------------------------------------------------------- load and save
+
+
+def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
+    """Without the prefix `bert.`, with gamma/beta, half precision, pre-training heads, or as
+    pytorch_model.bin: the same weights, and one line tells what became of the tensors."""
+    wanted = load_safetensors(pretrained / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    old = {name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+           .replace("LayerNorm.bias", "LayerNorm.beta"): tensor.bfloat16()
+           for name, tensor in wanted.items() if not name.startswith("classifier")}
+    old["cls.predictions.bias"] = torch.zeros(3)
+    for save, name in ((torch.save, "pytorch_model.bin"), (save_safetensors, "model.safetensors")):
+        save(old, tmp_path / name)
+        state = from_pretrained(tmp_path, num_labels=3).state_dict()
+        for name, tensor in wanted.items():
+            assert name.startswith("classifier") or torch.equal(state[name],
+                                                                tensor.bfloat16().float())
+        line, = capsys.readouterr().out.splitlines()
+        assert "loaded 39 tensors (39 renamed), ignored 1 ['cls.predictions.bias']" in line
+        assert "newly initialised ['classifier.weight', 'classifier.bias']" in line
+
+
+def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path):
+    """A missing, misshapen or whole-number encoder tensor is named; a fine-tuned model must have
+    its classifier; a folder without weights says so."""
+    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        from_pretrained(tmp_path)
+    good = load_safetensors(pretrained / "model.safetensors")
+    name = "bert.pooler.dense.weight"
+    for bad in ({}, {name: torch.zeros(16, 15)}, {name: torch.zeros(16, 16, dtype=LONG)}):
+        save_safetensors({key: tensor for key, tensor in good.items() if key != name} | bad,
+                         tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"1 tensors are missing .*{name}"):
+            from_pretrained(tmp_path)
+    del good["classifier.bias"]
+    save_safetensors(good, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="classifier.bias"):
+        from_pretrained(tmp_path, num_labels=None)
+
+
+@pytest.mark.parametrize("change", [
+    lambda header, data: (header, data[:-1]),
+    lambda header, data: (header, data + b"x"),
+    lambda header, data: (header.replace(b"[0, 24]", b"[4, 28]"), data),
+    lambda header, data: (header.replace(b"[2, 3]", b"[2, 4]"), data),
+    lambda header, data: (header.replace(b"[2, 3]", b"[-2, -3]"), data),
+    lambda header, data: (header.replace(b"F32", b"F31"), data),
+    lambda header, data: (header.replace(b"[24, 32]", b"[16, 24]"), data),
+    lambda header, data: (header.replace(b"[24, 32]", b"[24.0, 32]"), data),
+    lambda header, data: (b"[1, 2]", data),
+    lambda header, data: (b"{" * 5000, data),
+])
+def test_damaged_safetensors_are_refused(change, tmp_path):
+    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, no
+    header: one sentence that names the file. The sound file loads."""
+    path = tmp_path / "weights"
+    save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert load_safetensors(path)["b"].tolist() == [1, 1]
+    header, data = change(raw[8:8 + length], raw[8 + length:])
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(ValueError, match="weights: damaged, not a whole safetensors file"):
+        load_safetensors(path)
+    path.write_bytes((2 ** 62).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="damaged"):
+        load_safetensors(path)
+
+
+def test_a_pickle_that_would_run_code_never_runs(pretrained, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Bomb()}))
+    with pytest.raises(ValueError, match="not a weight file of tensors alone"):
+        from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"hidden_size": "16"}', '{"hidden_act": "relu"}',
+                                  '{"model_type": "roberta"}', '{"num_attention_heads": 5}',
+                                  '{"id2label": 3}'])
+def test_configurations_of_other_models_are_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json: not a BERT configuration"):
+        BertConfig.from_json(tmp_path / "config.json")
+
+
+# -------------------------------------------------------------------------- download
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder served over HTTP on this machine, (folder, address); the cache lies beside it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_bert_base_is_downloaded_once_and_verified(server, pretrained, monkeypatch):
+    """Files come by name, with their SHA-256; afterwards no server is needed. Wrong bytes are
+    refused and leave nothing behind, and so does a server that is not there."""
+    folder, address = server
+    names = ("config.json", "vocab.txt", "model.safetensors")
+    for name in names:
+        (folder / name).write_bytes((pretrained / name).read_bytes())
+    monkeypatch.setattr(bert_min, "BERT_BASE_URL", address)
+    right = {name: sha256(folder / name) for name in names}
+    monkeypatch.setattr(bert_min, "BERT_BASE_SHA256", {**right, "vocab.txt": "0" * 64})
+    with pytest.raises(OSError, match="vocab.txt could not be downloaded .*put the file at"):
+        from_pretrained("bert-base-uncased")
+    cache = bert_min.Path(bert_min.os.environ["CAP_CACHE"]) / "bert-base-uncased"
+    assert [path.name for path in cache.iterdir()] == ["config.json"]
+    monkeypatch.setattr(bert_min, "BERT_BASE_SHA256", right)
+    wanted = from_pretrained(pretrained).bert.state_dict()
+    got = from_pretrained("bert-base-uncased").bert.state_dict()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    monkeypatch.setattr(bert_min, "BERT_BASE_URL", "http://127.0.0.1:9")
+    from_pretrained("bert-base-uncased")
+
+
+def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
+    """SST-2's zip gives its two files; MRPC's dev set is the listed pairs of the corpus; snli and
+    an unreachable server are refused with the place where the file can be put by hand."""
+    folder, address = server
+    with zipfile.ZipFile(folder / "SST-2.zip", "w") as archive:
+        for name in ("train.tsv", "dev.tsv"):
+            archive.write(glue / "SST-2" / name, f"SST-2/{name}")
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    (folder / "corpus").write_text(header + "1\t10\t11\ta\tb\r\n0\t20\t21\tc\td\r\n", "utf-8")
+    (folder / "ids").write_text("20\t21\n")
+    for module_name in ("GLUE_URL", "SENTEVAL_URL"):
+        monkeypatch.setattr(data_glue, module_name, address)
+    pin = {name: (name, sha256(folder / name)) for name in ("SST-2.zip", "corpus", "ids")}
+    monkeypatch.setitem(data_glue.ARCHIVES, "sst2", pin["SST-2.zip"])
+    monkeypatch.setattr(data_glue, "MRPC_TRAIN", pin["corpus"])
+    monkeypatch.setattr(data_glue, "MRPC_DEV_IDS", pin["ids"])
+    for split in ("train", "dev"):
+        assert load("sst2", split) == load("sst2", split, glue)
+    assert load("mrpc", "train") == [("a", "b", 1)] and load("mrpc", "dev") == [("c", "d", 0)]
+    with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
+        load("snli", "dev")
+    monkeypatch.setattr(data_glue, "GLUE_URL", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="CoLA.zip could not be downloaded .*pass --data-dir"):
+        load("cola", "dev")
+
+
+# ---------------------------------------------------------------------------- README
+
+
+def test_readme_is_current():
+    """The tables of results and of equations are what results/report.py makes of the records, the
+    code and these tests; each of the eight equations has a line and a test."""
+    sys.path.insert(0, str(HERE / "results"))
+    import report
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert report.render(text) == text, "run python results/report.py"
+    rows = report.equations()
+    assert [row[0] for row in rows] == list(range(1, 9))
+    assert all(lines and tests for _, _, lines, tests in rows)
+
+
+def test_help_lists_at_most_30_flags():
+    text = subprocess.run([sys.executable, "cap_min.py", "--help"], cwd=HERE, text=True,
+                          capture_output=True, check=True).stdout
+    assert len(re.findall(r"^  (?:-h, )?--\w", text, re.MULTILINE)) <= 30
