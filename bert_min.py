@@ -343,7 +343,8 @@ def load_bin(path):
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
-        raise ValueError(f"{path}: not a weight file of tensors alone ({type(error).__name__})") from None
+        kind = type(error).__name__
+        raise ValueError(f"{path}: not a weight file of tensors alone ({kind})") from None
 
 
 def load_safetensors(path):

@@ -45,8 +45,8 @@ def tensor(values, dtype=DOUBLE):
 
 PIECES = ("[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film is the was it not un ##aff ##able "
           "##s ##e ! . , - ' e ##n o u 中 文 ² ß σ ##σ ς ##ς 1 ##2 [ ] sep x").split()
-TINY = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                  intermediate_size=32, max_position_embeddings=32)
+TINY = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2,
+                  num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
 
 
 @pytest.fixture(scope="session")
@@ -524,7 +524,7 @@ CASES = json.loads((HERE / "fixtures" / "contrastive_cases.json").read_text())["
 @pytest.mark.parametrize("case", CASES)
 def test_published_loss(case):
     """Values and gradients that the published code gives for seeded inputs: K = 1 to 3 ancestors,
-    rows drawn again, several tau and weights. The gradients are kept to 12 digits. Eq. (4) to (7)."""
+    rows drawn again, several tau and weights; gradients have 12 digits. Eq. (4) to (7)."""
     queries = tensor(case["queries"]).requires_grad_()
     index, labels = tensor(case["batch_index"], LONG), tensor(case["bank_labels"], LONG)
     unsup, sup = contrastive_loss(queries, index, labels[index], tensor(case["bank"]), labels,
@@ -619,27 +619,24 @@ def test_safetensors_files_of_both_sides(tmp_path):
 # ------------------------------------------------------------------------- WordPiece
 
 ODD_TEXTS = [
-    "Good film, isn't it?", "naïve café ÀÉÎÕÜ Ǖ ẞß", "中文good中文 \u3400\U00020000\uf900日本語カナ한국어",
-    "a\x00b\x07c\u200bd\ufeffe\u00ade\ufffdf", "tab\there\r\nand\u00a0there\u2003too\u3000.\u2028x\u2029y",
-    "😀👩‍👩‍👧🏽 good🎬film ☃️", "good-bad_film@x.com #1 $2 £3 €4 «e» “e” … — ¿e? ،؛", "u" * 100 + " " + "u" * 101,
-    "e\u0301e\u0300\u0323 \u1ec7 Å \u212b K", "İstanbul IJ DŽ ŁØ", "x" * 5000, "", " ", "२३ ½ ² ① Ⅷ",
-    "مرحبا بالعالم שָׁלוֹם Привет Ёж Ελληνικά", "[CLS]x [ UNK ] ##s ##", "a`b^c~d|e{e}e\\e",
+    "Good film, isn't it?", "naïve café ÀÉÎÕÜ Ǖ ẞß", "e\u0301e\u0300\u0323 \u1ec7 Å \u212b K",
+    "中文good中文 \u3400\U00020000\uf900日本語カナ한국어", "İstanbul IJ DŽ ŁØ", "२३ ½ ² ① Ⅷ", "", " ",
+    "a\x00b\x07c\u200bd\ufeffe\u00ade\ufffdf", "a`b^c~d|e{e}e\\e", "##s ##",
+    "tab\there\r\nand\u00a0there\u2003too\u3000.\u2028x\u2029y", "x" * 5000,
+    "😀👩‍👩‍👧🏽 good🎬film ☃️", "good-bad_film@x.com #1 $2 £3 €4 «e» “e” … — ¿e? ،؛",
+    "u" * 100 + " " + "u" * 101, "مرحبا بالعالم שָׁלוֹם Привет Ёж Ελληνικά",
 ]
 
 
 def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
     """The same ids and segments for texts with accents, ideographs, control characters, emoji and
-    long words, alone and in pairs. Special tokens written in a text are text here and in
-    Google's code; the library is asked without them. The vocabulary has every character."""
+    long words, alone and in pairs, whole and truncated. The vocabulary has every character."""
     tokenizers = pytest.importorskip("tokenizers")
     parts = sorted({char for text in ODD_TEXTS for char in "".join(WordPiece(vocab).words(text))})
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(PIECES + parts + ["##" + part for part in parts]), encoding="utf-8")
     ours, theirs = WordPiece(path), tokenizers.BertWordPieceTokenizer(str(path))
-    theirs.normalizer = tokenizers.normalizers.BertNormalizer()
     for text_a, text_b in itertools.product(ODD_TEXTS, [None] + ODD_TEXTS[:8]):
-        if "[CLS]" in text_a:
-            continue
         wanted = theirs.encode(text_a, text_b)
         assert ours.encode(text_a, text_b, max_length=20_000) == (wanted.ids, wanted.type_ids)
         theirs.enable_truncation(13)  # room for 10 pieces: ties over an odd one are cut otherwise
@@ -814,7 +811,8 @@ def test_glue_files_as_they_are(tmp_path):
     (tmp_path / "MRPC/train.tsv").write_text(
         '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n', "utf-8")
     (tmp_path / "CoLA/train.tsv").write_text("gj04\t0\t*\tIt was\u2028good.\n")
-    (tmp_path / "snli/dev.tsv").write_text("gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
+    (tmp_path / "snli/dev.tsv").write_text(
+        "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
     assert load("mrpc", "train", tmp_path) == [('"He said', '"', 1)]
     assert load("cola", "train", tmp_path) == [("It was\u2028good.", None, 0)]
     assert load("snli", "dev", tmp_path) == [("d", "c", 1)]
@@ -982,8 +980,8 @@ def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     (folder / "corpus").write_text(header + "1\t10\t11\ta\tb\r\n0\t20\t21\tc\td\r\n", "utf-8")
     (folder / "ids").write_text("20\t21\n")
-    for module_name in ("GLUE_URL", "SENTEVAL_URL"):
-        monkeypatch.setattr(data_glue, module_name, address)
+    monkeypatch.setattr(data_glue, "GLUE_URL", address)
+    monkeypatch.setattr(data_glue, "SENTEVAL_URL", address)
     pin = {name: (name, sha256(folder / name)) for name in ("SST-2.zip", "corpus", "ids")}
     monkeypatch.setitem(data_glue.ARCHIVES, "sst2", pin["SST-2.zip"])
     monkeypatch.setattr(data_glue, "MRPC_TRAIN", pin["corpus"])
