@@ -14,6 +14,7 @@ Module names follow Hugging Face's, so that `state_dict()` has the names of
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -51,10 +52,14 @@ class BertConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 0):
-                raise ValueError(f"{field.name} is {value!r}, not a whole number")
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            if field.type is int and (type(value) is not int or value < (field.default > 0)):
+                raise ValueError(f"{field.name} is {value!r}, not a positive whole number")
+            if field.type is float and (type(value) not in (int, float) or not 0 <= value <= 1):
+                raise ValueError(f"{field.name} is {value!r}, not a number from 0 to 1")
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
+        if self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
 
     @classmethod
     def from_json(cls, path):
@@ -180,32 +185,13 @@ class Layer(nn.Module):
 # ---------------------------------------------------------------- encoder and pooler
 
 
-class Encoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x, key_mask):
-        for layer in self.layer:
-            x = layer(x, key_mask)
-        return x  # (B, T, D)
-
-
-class Pooler(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x):
-        return torch.tanh(self.dense(x[:, 0]))  # (B, D), from [CLS]
-
-
 class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.pooler = Pooler(config)
+        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         """input_ids (B,T) to hidden (B,T,D) and pooled (B,D). attention_mask: 1 = token,
@@ -213,9 +199,10 @@ class Bert(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         key_mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        x = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
-        hidden = self.encoder(x, key_mask)  # (B, T, D); key_mask is (B, 1, 1, T)
-        return hidden, self.pooler(hidden)
+        hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
+        for layer in self.encoder["layer"]:
+            hidden = layer(hidden, key_mask)  # (B, T, D); key_mask is (B, 1, 1, T)
+        return hidden, torch.tanh(self.pooler["dense"](hidden[:, 0]))  # (B, D), from [CLS]
 
 
 # ------------------------------------------------------------------------ classifier
@@ -272,14 +259,16 @@ def model_folder(path_or_name):
     folder.mkdir(parents=True, exist_ok=True)
     for name, sha256 in BERT_BASE_SHA256.items():
         address, target = f"{BERT_BASE_URL}/{name}", folder / name
-        if target.exists():  # only a file that was verified gets this name
-            continue
-        print(f"downloading {address}")
-        try:  # to a temporary name first, renamed once its SHA-256 is right
-            torch.hub.download_url_to_file(address, str(target), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{address} could not be downloaded ({error}); without a network, put "
-                          f"the file at {target} by hand or pass --model FOLDER") from None
+        if not target.exists():
+            print(f"downloading {address}")
+            try:  # to a temporary name first, renamed once its SHA-256 is right
+                torch.hub.download_url_to_file(address, str(target), hash_prefix=sha256)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"{address} could not be downloaded ({error}); without a network, "
+                              f"put the file at {target} by hand or pass --model FOLDER") from None
+        with open(target, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise ValueError(f"{target} is not the file of {address}: delete it")
     return folder
 
 
@@ -373,7 +362,7 @@ def check_header(header, size):
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        if not all(type(length) is int and length >= 0 for length in (first, *entry["shape"])):
+        if not all(type(n) is int and n >= 0 for n in (first, last, *entry["shape"])):
             raise ValueError(f"{name} has the shape {entry['shape']} at {first}")
         length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if first != end or last - first != length:

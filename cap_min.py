@@ -21,14 +21,18 @@ Equations (1) to (8) are marked where they stand as `# eq. (n)`; README.md tells
 """
 
 import argparse
+import contextlib
+import copy
 import hashlib
 import json
 import math
+import os
 import platform
 import random
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +63,10 @@ def topk_mask(scores, density):
 
 def kth_largest(flat, k):
     """The k-th largest entry of a vector. On the CPU a sample tells roughly where it lies, so
-    that only a narrow band is partitioned: several times faster than torch's topk."""
-    if flat.device.type != "cpu":
+    that only a narrow band has to be partitioned: several times faster than torch's topk."""
+    if flat.device.type == "cuda":
         return flat.kthvalue(flat.numel() - k + 1).values
-    flat = flat.numpy()
+    flat = flat.cpu().numpy()
     sample = np.sort(flat[::61])  # a prime, not to fall into step with the rows of the matrix
     above = k / len(flat)
     place, slack = len(sample) * (1 - above), 1 + 4 * math.sqrt(len(sample) * above * (1 - above))
@@ -101,8 +105,8 @@ class MaskedLinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         weight = linear.weight.detach()
-        start = torch.zeros_like(weight) if score_init == "zero" else weight.abs() / weight.std()
-        self.scores = nn.Parameter(start)
+        scale = 0.0 if score_init == "zero" else 1 / weight.std().clamp_min(1e-12)
+        self.scores = nn.Parameter(weight.abs() * scale)
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, x):
@@ -134,6 +138,8 @@ def add_masks(model, score_init):
 
 
 def set_masks(model, density):
+    """Eq. (1) for every matrix. NOTE it is called before a step, so the weights that are exported
+    are those that the last step was trained with, not the top-k of the scores after it."""
     for layer in encoder_linears(model).values():
         layer.mask = topk_mask(layer.scores, density)
 
@@ -203,7 +209,7 @@ def encode(model, data, dtype=torch.float32, batch_size=128):
 
 
 def move(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def inputs(batch):
@@ -248,7 +254,6 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     candidate_index = torch.cat([index, drawn.repeat_interleave(bank.size(1))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat_interleave(bank.size(1))])
     itself = torch.eye(len(q), len(candidates), dtype=torch.bool, device=q.device)  # (B, C)
-
     similarity = q @ candidates.T / temperature  # (B, C), s_ic
     log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1)  # (B, C), eq. (5)
     same_example = (index[:, None] == candidate_index) & ~itself  # (B, C), P^u of eq. (6)
@@ -309,6 +314,7 @@ def gradient_shares(terms, pooled):
 
 # -------------------------------------------------------------------------- training
 
+TEACHER_EPOCHS = 3  # at most, and no more than the pruning has
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on so many at most; the final on all
 
@@ -348,8 +354,8 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
             with autocast(device, dtype):
                 logits, pooled = model(*inputs(batch))
             terms = loss_terms(logits.float(), pooled.float(), batch)
-            last = step == total - 1
-            if step % LOG_EVERY == 0 or last:
+            to_log = step % LOG_EVERY == 0 or step == total - 1
+            if to_log:
                 values = {name: term.item() for name, term in terms.items()}
                 bad = [name for name, value in values.items() if not math.isfinite(value)]
                 if bad:
@@ -361,11 +367,12 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            if step % LOG_EVERY == 0 or last:
+            if to_log:
                 log({"step": step, "epoch": epoch, "kept": kept, "lr": lr,
                      "loss": sum(values.values()), **values, "gradient_share": shares,
                      **progress.show(step, kept, values, lr)})
-        progress.end_line()
+        if sys.stdout.isatty():
+            print()  # the step line stays
         if after_epoch is not None:
             log({"step": step, "epoch": epoch, "kept": kept, **after_epoch(epoch)})
 
@@ -377,7 +384,7 @@ class Progress:
     def __init__(self, total, batch_size, device):
         self.total, self.batch_size, self.device = total, batch_size, device
         self.start = self.last_time = time.perf_counter()
-        self.last_step = self.last_printed = -1
+        self.last_step, self.last_printed = -1, -math.inf
         print("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta", flush=True)
 
     def show(self, step, kept, values, lr):
@@ -389,7 +396,7 @@ class Progress:
         terms = " ".join(f"{name} {value:.2f}" for name, value in values.items())
         line = (f"{step + 1}/{self.total} | {kept:.1%} | {sum(values.values()):.2f} = {terms} | "
                 f"{lr:.1e} | {1000 * seconds:.0f}, {self.batch_size / seconds:.0f}, "
-                f"{peak_memory(self.device) / 1e9:.1f} | {clock(left)}")
+                f"{peak_memory(self.device) / 1e9:.1f} | {timedelta(seconds=int(left))}")
         if sys.stdout.isatty():
             print("\r" + line.ljust(119), end="", flush=True)
         elif now - self.last_printed > 60 or step == self.total - 1:
@@ -397,14 +404,6 @@ class Progress:
             self.last_printed = now
         return {"ms": round(1000 * seconds, 1),
                 "examples_per_second": round(self.batch_size / seconds, 1)}
-
-    def end_line(self):
-        if sys.stdout.isatty():
-            print()
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def peak_memory(device):
@@ -431,37 +430,38 @@ def evaluate(model, args, dev_sets, dtype=torch.float32):
     return scores
 
 
-def train_teacher(args, data, folder, device, log):
-    """Fine-tune the dense model and leave it in `folder`: at most 3 epochs, as is usual."""
+def train_teacher(args, data, model, folder, log):
+    """Fine-tune the dense model on `data` and leave it in `folder`."""
     torch.manual_seed(args.seed)
-    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words))).to(device)
 
     def loss_terms(logits, pooled, batch):
         return {"ce": task_loss(logits, batch["labels"])}
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          epochs=min(3, args.epochs))
+          min(TEACHER_EPOCHS, args.epochs))
     export(model, args, folder)
 
 
-def prune(args, data, epoch_dev, teacher, device, log):
-    """CAP: returns (masked model, seconds of banks, seconds of pruning)."""
-    start = time.perf_counter()
-    torch.manual_seed(args.seed)
-    model = from_pretrained(args.model, teacher.config.num_labels).to(device)
+def first_banks(args, data, model, teacher):
+    """(banks with PrC and FiC filled, teacher logits (N, L)). Both are made once: neither the
+    pre-trained model nor the teacher ever changes."""
     names = [name for name in ("prc", "snc", "fic") if name not in args.without]
-    banks = Banks(names, len(data), model.config.hidden_size, args.epochs - 1, device)
-    pooled = encode(teacher, data, args.compute_dtype)
-    teacher_logits = teacher.classifier(pooled).detach()  # cached: the teacher never changes
+    pooled = encode(teacher, data, args.compute_dtype)  # (N, D)
+    banks = Banks(names, len(data), pooled.size(1), args.epochs - 1, pooled.device)
     if "fic" in names:
         banks.add("fic", pooled)
     if "prc" in names:
         banks.add("prc", encode(model, data, args.compute_dtype))
-    banks_done = time.perf_counter()
+    return banks, teacher.classifier(pooled).detach()
 
+
+def prune(args, data, epoch_dev, model, banks, teacher_logits, log):
+    """CAP: turn the pre-trained `model` into the pruned, still masked one."""
+    torch.manual_seed(args.seed)
+    device = teacher_logits.device
+    chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
     add_masks(model, args.score_init)
-    chance = np.random.default_rng(args.seed)
 
     def loss_terms(logits, pooled, batch):
         count = min(args.extra, len(data))
@@ -469,12 +469,11 @@ def prune(args, data, epoch_dev, teacher, device, log):
         return cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
 
     def density(step, total):
-        return cubic_density(step, total, 1.0, 1.0 - args.sparsity,
-                             warm=2 * round(args.warmup * total),
-                             cool=3 * round(args.warmup * total))
+        warmup = round(args.warmup * total)
+        return cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup, 3 * warmup)
 
     def after_epoch(epoch):
-        if "snc" in names and epoch < args.epochs - 1:
+        if "snc" in banks.bank and epoch < args.epochs - 1:
             banks.add("snc", encode(model, data, args.compute_dtype))
         scores = evaluate(model, args, epoch_dev, args.compute_dtype)
         print(f"epoch {epoch + 1}/{args.epochs}, dev: {show_scores(scores)}", flush=True)
@@ -482,7 +481,6 @@ def prune(args, data, epoch_dev, teacher, device, log):
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
           args.epochs, density, after_epoch)
-    return model, banks_done - start, time.perf_counter() - banks_done
 
 
 def show_scores(scores):
@@ -497,8 +495,11 @@ def is_finished(folder, config):
     another configuration."""
     if not (folder / "log.jsonl").exists():
         return False
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
-        before = json.loads(file.readline())["config"]
+    try:
+        first_line = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[0]
+        before = json.loads(first_line)["config"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'log.jsonl'} is damaged: delete the folder") from None
     differing = [key for key in config if config[key] != before.get(key)]
     if differing:
         raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
@@ -520,89 +521,127 @@ def start_log(folder, config):
 
 
 def run_config(args):
-    """What decides the result, as JSON; where the run lies does not."""
+    """All flags as JSON, but where the run lies."""
     return {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
             for key, value in vars(args).items() if key != "out"}
 
 
 def export(model, args, folder):
-    """Save `model` with its vocabulary and labels, ready for transformers."""
-    words = TASKS[args.task].words
+    """Save `model` with its labels and its tokenizer's files, ready for transformers."""
+    words, source = TASKS[args.task].words, model_folder(args.model)
     model.config.id2label = dict(enumerate(words)) if words else None
     save_pretrained(model, folder)
-    shutil.copyfile(model_folder(args.model) / "vocab.txt", folder / "vocab.txt")
+    shutil.copyfile(source / "vocab.txt", folder / "vocab.txt")
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": is_lowercase(source),
+         "model_max_length": model.config.max_position_embeddings}), encoding="utf-8")
 
 
-def sha256(*parts):
-    """SHA-256, in hexadecimal, of bytes, files and tensors end to end."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.read_bytes() if isinstance(part, Path) else part.numpy().tobytes())
-    return digest.hexdigest()
+def is_lowercase(folder):
+    """Whether a model's texts are lower-cased: as its tokenizer_config.json says, else yes."""
+    path = folder / "tokenizer_config.json"
+    return not path.exists() or json.loads(path.read_bytes()).get("do_lower_case", True)
 
 
-def write_record(args, data, examples, scores, sparsity, seconds, device):
+def write_record(args, data, examples, results, seconds, device):
     """record.json: all that a figure in a table must be able to show for itself."""
-    here = Path(__file__).parent
-    passes = {"teacher": min(3, args.epochs), "prune": args.epochs}
+    source = b"".join((Path(__file__).parent / name).read_bytes()
+                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
+    rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
+    passes = {"teacher": min(TEACHER_EPOCHS, args.epochs), "prune": args.epochs}
     record = {
         "config": run_config(args), "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "machine": f"{platform.machine()}, {device.type}, "
                                                          f"{torch.get_num_threads()} threads"},
-        "source_sha256": sha256(here / "bert_min.py", here / "data_glue.py", here / "cap_min.py"),
-        "train_sha256": sha256(data.tokens, data.labels),
-        "examples": examples, **scores, "sparsity": sparsity,
+        "source_sha256": hashlib.sha256(source).hexdigest(),
+        "train_sha256": hashlib.sha256(rows).hexdigest(),
+        "examples": examples, **results,
         "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
         "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
                                 for phase, epochs in passes.items() if seconds[phase]},
         "peak_memory_bytes": peak_memory(device)}
-    (args.out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary = args.out / "record.json.tmp"
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, args.out / "record.json")  # a record that is there is whole
 
 
 def draw_curve(folder, dense):
     """curve.svg of the pruning phase: share of weights kept, and dev score after each epoch."""
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
-        pruning = [entry for entry in map(json.loads, file) if entry.get("phase") == "prune"]
-    last = max(1, pruning[-1]["step"])
-
-    def points(pairs):
-        return " ".join(f"{60 + 500 * step / last:.1f},{260 - 220 * y:.1f}" for step, y in pairs)
-
-    metric, level = next(iter(dense.items()))
-    kept = points((entry["step"], entry["kept"]) for entry in pruning)
-    dev = points((entry["step"], entry["dev"][metric]) for entry in pruning if "dev" in entry)
-    line = '<polyline fill="none" stroke-width="2" stroke="{}" points="{}"/>'
-    text = '<text x="{}" y="{}" fill="{}" font-family="sans-serif" font-size="13">{}</text>'
-    (folder / "curve.svg").write_text("\n".join([
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300">',
-        '<rect width="600" height="300" fill="white"/>',
-        *(text.format(25, 264 - 220 * y, "#555", f"{y:.1f}") for y in (0, 0.5, 1)),
-        line.format("#999", "60,40 60,260 560,260"), line.format("#999", kept),
-        line.format("#1f77b4", dev),
-        line.format("#d62728", points([(0, level), (last, level)])),
-        text.format(300, 285, "#555", f"step 0 to {last}"),
-        text.format(70, 20, "#777", "kept"), text.format(120, 20, "#1f77b4", f"dev {metric}"),
-        text.format(240, 20, "#d62728", f"dense {level:.3f}"), "</svg>\n"]), encoding="utf-8")
+    entries = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    pruning = [entry for entry in entries if entry.get("phase") == "prune"]
+    last, (metric, level) = pruning[-1]["step"], next(iter(dense.items()))
+    curves = (("kept", "#777777", [(entry["step"], entry["kept"]) for entry in pruning]),
+              (f"dev {metric}", "#1f77b4", [(entry["step"], entry["dev"][metric])
+                                            for entry in pruning if "dev" in entry]),
+              (f"dense {level:.3f}", "#d62728", [(0, level), (last, level)]))
+    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
+             '<rect width="600" height="300" fill="white"/>',
+             '<path d="M60,40 V260 H560" fill="none" stroke="#777777"/>',
+             '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
+             f'<text x="480" y="280">step {last}</text>']
+    for place, (name, color, values) in enumerate(curves):
+        points = " ".join(f"{60 + 500 * x / last:.1f},{260 - 220 * y:.1f}" for x, y in values)
+        lines += [f'<polyline fill="none" stroke-width="2" stroke="{color}" points="{points}"/>',
+                  f'<text x="{60 + 170 * place}" y="24" fill="{color}">{name}</text>']
+    (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- command line
 
 
-def share(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share in [0, 1); 97 % is 0.97")
-    return value
+def number(kind, low, below=math.inf):
+    """An argparse type: a number of `kind` with low <= number < below."""
+
+    def convert(text):
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
+def add_flags(parser):
+    """All flags, in groups; their defaults are the published recipe for BERT-base."""
+    count, share = number(int, 1), number(float, 0, 1)
+    weight, rate = number(float, 0), number(float, 1e-12)
+    add = parser.add_argument_group("what").add_argument
+    add("--task", required=True, choices=TASKS, help="GLUE task or snli")
+    add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
+    add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
+    add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
+    add("--data-dir", help="folder with the task's folder; None: downloaded")
+    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY-seedSEED")
+    add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count, default=10, help="of pruning; the teacher has at most 3")
+    add("--batch-size", type=count, default=32, help="examples a step")
+    add("--lr", type=rate, default=3e-5, help="peak learning rate of weights")
+    add("--mask-lr", type=rate, default=1e-2, help="peak learning rate of scores")
+    add("--max-length", type=count, default=128, help="tokens an example, at most")
+    add("--max-train", type=count, help="training rows, drawn by a fixed seed; None: all")
+    add("--warmup", type=share, default=0.09,
+        help="of the learning rate, as a share of the run; dense for 2x, final sparsity for 3x")
+    add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
+        help="auto: zero, as published, from 30,000 steps on, magnitude below")
+    add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
+    add("--temperature", type=rate, default=0.1, help="tau of eq. (5)")
+    add("--w-unsup", type=weight, default=0.1, help="weight of the unsupervised terms")
+    add("--w-sup", type=weight, default=10.0, help="weight of the supervised terms")
+    add("--w-ce", type=weight, default=0.1, help="weight of the cross-entropy")
+    add("--w-kd", type=weight, default=0.9, help="weight of the distillation")
+    add("--extra", type=count, default=4096, help="candidates beside the batch")
+    add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
+    add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
+        help="terms to leave out")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
 
 
 def parse(argv):
+    """The command line as a namespace; ValueError, not argparse's many lines, if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="cap_min.py", description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -611,38 +650,7 @@ def parse(argv):
         raise ValueError(f"{message} (see --help)")
 
     parser.error = fail
-    add = parser.add_argument_group("what").add_argument
-    add("--task", required=True, choices=TASKS, help="GLUE task or snli")
-    add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
-    add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
-    add("--teacher", help="folder of a fine-tuned model; default: fine-tuned first")
-    add("--data-dir", help="folder with the task's folder; default: downloaded")
-    add("--out", type=Path, help="run folder; default: runs/TASK-SPARSITY-seedSEED")
-    add("--seed", type=int, default=0, help="of everything random")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=10, help="of pruning; the teacher has at most 3")
-    add("--batch-size", type=positive, default=32, help="examples a step")
-    add("--lr", type=float, default=3e-5, help="peak learning rate of weights")
-    add("--mask-lr", type=float, default=1e-2, help="peak learning rate of scores")
-    add("--max-length", type=positive, default=128, help="tokens an example, at most")
-    add("--max-train", type=positive, help="training rows, drawn by a fixed seed; default: all")
-    add("--warmup", type=share, default=0.09,
-        help="of the learning rate, as a share of the run; dense for 2x, final sparsity for 3x")
-    add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
-        help="auto: zero, as published, from 30,000 steps on, magnitude below")
-    add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
-    add("--temperature", type=float, default=0.1, help="tau of eq. (5)")
-    add("--w-unsup", type=float, default=0.1, help="weight of the unsupervised terms")
-    add("--w-sup", type=float, default=10.0, help="weight of the supervised terms")
-    add("--w-ce", type=float, default=0.1, help="weight of the cross-entropy")
-    add("--w-kd", type=float, default=0.9, help="weight of the distillation")
-    add("--extra", type=positive, default=4096, help="candidates beside the batch")
-    add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
-    add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
-        help="terms to leave out")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
+    add_flags(parser)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
     if args.out is None:
@@ -663,8 +671,10 @@ def choose_device(args):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
-    has_bf16 = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
-                device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # not emulated
+    else:
+        has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     use_bf16 = args.dtype == "bf16" or (args.dtype == "auto" and has_bf16)
     args.compute_dtype = torch.bfloat16 if use_bf16 else torch.float32
     return device
@@ -674,13 +684,15 @@ def load_data(args):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
     folder = model_folder(args.model)
     config = BertConfig.from_json(folder / "config.json")
-    tokenizer = WordPiece(folder / "vocab.txt")
+    tokenizer = WordPiece(folder / "vocab.txt", is_lowercase(folder))
     if tokenizer.size > config.vocab_size:
         raise ValueError(f"{folder / 'vocab.txt'} has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
     if not 4 <= args.max_length <= config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is not between 4 and the model's "
                          f"{config.max_position_embeddings} positions")
+    if TASKS[args.task].text_b is not None and config.type_vocab_size < 2:
+        raise ValueError(f"{folder} knows one segment only, {args.task} is a task of pairs")
     splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
     rows = splits["train"]
     if args.max_train and args.max_train < len(rows):
@@ -692,22 +704,30 @@ def load_data(args):
 
 
 def load_fine_tuned(folder, args):
-    """A model fine-tuned on the task; ValueError unless its labels are the task's, in order."""
+    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order, and
+    it reads the same ids and has the same hidden size as --model."""
     model = from_pretrained(folder, num_labels=None)
     words, labels = TASKS[args.task].words, model.config.id2label or {}
-    named = [labels[i] for i in sorted(labels) if not str(labels[i]).startswith("LABEL_")]
-    if model.config.num_labels != max(1, len(words)) or (named and named != words):
+    named = [str(labels[i]).lower() for i in sorted(labels)]
+    if model.config.num_labels != max(1, len(words)) or (
+            words and named and not named[0].startswith("label_") and named != words):
         raise ValueError(f"{folder}: its labels are {named or model.config.num_labels}, those of "
                          f"{args.task} are {words or 'one number'}")
+    wanted = vars(BertConfig.from_json(model_folder(args.model) / "config.json"))
+    for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+        if vars(model.config)[name] != wanted[name]:
+            raise ValueError(f"{folder}: its {name} is {vars(model.config)[name]}, that of "
+                             f"{args.model} is {wanted[name]}")
     return model
 
 
-def check_fit(args, data):
-    """ValueError unless the run is long enough for its schedule; settles --score-init auto."""
-    total = args.epochs * math.ceil(len(data) / args.batch_size)
-    if round(args.warmup * total) < 1 or args.warmup >= 0.2:
-        raise ValueError(f"{total} steps with --warmup {args.warmup} are too few for the schedule: "
-                         "it takes 6 warm-ups, of at least one step each")
+def check_schedule(args, size):
+    """ValueError unless `size` examples give the schedule room; settles --score-init auto."""
+    total = args.epochs * math.ceil(size / args.batch_size)
+    warmup = round(args.warmup * total)
+    if warmup < 1 or total - 5 * warmup < 2:
+        raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
+                         " it takes a warm-up of at least 1 step, 5 times that, and 2 steps more")
     if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
@@ -715,50 +735,60 @@ def check_fit(args, data):
 def run(args):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
     start = time.perf_counter()
-    device = choose_device(args)
-    config = run_config(args)
+    seconds = {"teacher": 0.0}
+    device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
         return
     data, dev_sets = load_data(args)
-    check_fit(args, data)
+    check_schedule(args, len(data))
+    torch.manual_seed(args.seed)  # of the new classifier
+    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words))).to(device)
     teacher = load_fine_tuned(args.teacher, args) if args.teacher else None
-    log = start_log(args.out, config)  # all that can be wrong with the input is known by now
+    log = start_log(args.out, config)  # what can be wrong with the input is known by now
     examples = {"train": len(data), **{split: len(part) for split, part in dev_sets.items()}}
     print(f"{args.task}: {examples}, {args.epochs} epochs on {device}, {args.compute_dtype}, "
           f"scores from {args.score_init}, run folder {args.out}", flush=True)
 
-    seconds, teacher_start = {"teacher": 0.0}, time.perf_counter()
     if teacher is None:
         folder = args.out / "teacher"
         if not (folder / "model.safetensors").exists():
-            train_teacher(args, data, folder, device, log)
-            seconds["teacher"] = time.perf_counter() - teacher_start
+            with stopwatch(seconds, "teacher"):
+                train_teacher(args, data, copy.deepcopy(model), folder, log)
         teacher = load_fine_tuned(folder, args)
-    teacher.to(device)
-    dense = evaluate(teacher, args, dev_sets)
+    dense = evaluate(teacher.to(device), args, dev_sets)
     print(f"dense, dev: {show_scores(dense)}", flush=True)
+    with stopwatch(seconds, "banks"):
+        banks, teacher_logits = first_banks(args, data, model, teacher)
+    del teacher  # all that is needed of it is cached
+    with stopwatch(seconds, "prune"):
+        epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
+        prune(args, data, epoch_dev, model, banks, teacher_logits, log)
 
-    first_dev = next(iter(dev_sets))
-    epoch_dev = {first_dev: dev_sets[first_dev].head(EPOCH_DEV_EXAMPLES)}
-    model, seconds["banks"], seconds["prune"] = prune(args, data, epoch_dev, teacher, device, log)
     export(apply_masks(model), args, args.out / "model")
     model = load_fine_tuned(args.out / "model", args).to(device)
-    pruned = evaluate(model, args, dev_sets)
+    pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
-    write_record(args, data, examples, {"dense": dense, "pruned": pruned},
-                 sparsity_report(model), seconds, device)
-    print(f"pruned, dev: {show_scores(pruned)}; {100 * sparsity_report(model)['total']:.2f} % of "
-          f"the encoder's weights are 0; {clock(seconds['total'])}; model in {args.out / 'model'}")
+    write_record(args, data, examples, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
+                 seconds, device)
+    print(f"pruned, dev: {show_scores(pruned)}; {100 * sparsity['total']:.2f} % of the encoder's "
+          f"weights are 0; {timedelta(seconds=int(seconds['total']))}; see {args.out}")
+
+
+@contextlib.contextmanager
+def stopwatch(seconds, phase):
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
 
 
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     try:
         run(parse(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print("error:", str(error).split("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command starts again, with the teacher if it was finished")

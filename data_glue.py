@@ -11,6 +11,8 @@ Symbols in the shape comments
 """
 
 import functools
+import hashlib
+import math
 import os
 import unicodedata
 import zipfile
@@ -136,9 +138,12 @@ def read_label(task, written, place):
             raise ValueError(f"{place}: label {written!r}, not one of {', '.join(task.labels)}")
         return list(task.labels).index(written)
     try:
-        return float(written)
+        value = float(written)
     except ValueError:
-        raise ValueError(f"{place}: {written!r} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{place}: {written!r} is not a number")
+    return value
 
 
 # -------------------------------------------------------------------------- download
@@ -185,7 +190,8 @@ def fetch_glue(task, name):
 
 def download(base, name, sha256, cache):
     """Path of base/name in the cache: streamed to a temporary name with a progress bar, and
-    renamed only if its SHA-256 is right. OSError with what to do if that fails."""
+    renamed only if its SHA-256 is right. OSError with what to do if that fails; ValueError if a
+    file that was put there by hand is another."""
     target = cache / name
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -195,6 +201,8 @@ def download(base, name, sha256, cache):
         except (OSError, RuntimeError) as error:
             raise OSError(f"{base}/{name} could not be downloaded ({error}); without a network, "
                           f"put the file at {target} by hand or pass --data-dir") from None
+    if hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{target} is not the file of {base}/{name}: delete it")
     return target
 
 
@@ -231,7 +239,8 @@ def is_punctuation(char):
 
 
 class WordPiece:
-    """BERT's tokenizer: the same ids as Google's, so the same as transformers' `BertTokenizer`.
+    """BERT's tokenizer: the same ids as Google's. transformers' differs in two points only: it
+    drops private-use characters, and takes "[SEP]" written in a text for the special token.
 
     vocab_file: one piece per line, its id is the line number from 0. ValueError if a special
     token is not in it."""
@@ -319,7 +328,7 @@ class Encoded:
     def batch(self, index):
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
         token_type_ids (B, T), labels (B,) and index (B,)."""
-        lengths = self.lengths[index][:, None]  # (B, 1)
+        lengths = (self.starts[index + 1] - self.starts[index])[:, None]  # (B, 1)
         position = torch.arange(int(lengths.max()))[None]  # (1, T)
         real = position < lengths  # (B, T)
         place = self.starts[index][:, None] + position.minimum(lengths - 1)
