@@ -1,8 +1,9 @@
 """Write the tables of README.md from the records in this folder, the code and the tests.
 
 Run:  python results/report.py          rewrites README.md in place
-A record is the record.json of a run, named TASK-METHOD-seedN.json. Text between
-`<!-- name -->` and `<!-- end -->` in README.md is made here."""
+A record is the record.json of a run, named TASK-METHOD-seedN.json; its log.jsonl lies beside it
+as TASK-METHOD-seedN.jsonl. Text between `<!-- name -->` and `<!-- end -->` in README.md is made
+here."""
 
 import json
 import re
@@ -14,16 +15,29 @@ ROOT = HERE.parent
 EQUATIONS = {1: "masked weight, exact top-k", 2: "straight-through gradient",
              3: "cubic schedule", 4: "candidates of an anchor", 5: "log-probability of a candidate",
              6: "positives", 7: "mean over positives, two norms", 8: "total loss"}
-METHODS = {"movement-kd": "movement + KD", "cap": "CAP"}
+METHODS = {"dense": "dense teacher", "movement-kd": "movement + KD", "cap": "CAP"}
 
 
 def records():
-    """{(task, method): [record, ...]}, one for each seed."""
+    """{task: {method: {seed: record}}}. AssertionError unless the runs of a task differ in method
+    alone: the same options, training rows, source and dense scores."""
     found = {}
     for path in sorted(HERE.glob("*-seed*.json")):
-        task, method = re.fullmatch(r"(\w+?)-(.+)-seed\d+", path.stem).groups()
-        found.setdefault((task, method), []).append(json.loads(path.read_text()))
+        task, method, seed = re.fullmatch(r"(\w+?)-(.+)-seed(\d+)", path.stem).groups()
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(task, {}).setdefault(method, {})[int(seed)] = record
+    for task, methods in found.items():
+        for runs in methods.values():
+            assert all(same(run) == same(methods["cap"][seed]) for seed, run in runs.items()), task
+            assert runs.keys() == methods["cap"].keys(), f"{task}: other seeds"
     return found
+
+
+def same(record):
+    """What two runs that are compared must share."""
+    config = {key: value for key, value in record["config"].items()
+              if key not in ("without", "teacher")}
+    return config, record["train_sha256"], record["source_sha256"], record["dense"]
 
 
 def spread(values):
@@ -32,28 +46,40 @@ def spread(values):
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def scores(runs, which):
+    return ", ".join(f"{name} {spread([run[which][name] for run in runs])}"
+                     for name in runs[0][which])
+
+
 def results_table():
-    """One row for each task and model; rows of one task have the same data, teacher and seeds."""
-    found = records()
+    """One row for each task and model."""
     rows = ["| task | rows, epochs, lr | model | weights left | dev score | seeds |",
             "|---|---|---|---|---|---|"]
-    for task in sorted({task for task, _ in found}):
-        methods = [method for method in METHODS if (task, method) in found]
-        first = found[task, methods[0]]
-        assert len({r["train_sha256"] for m in methods for r in found[task, m]}) == 1
-        config = first[0]["config"]
-        setting = f"{first[0]['examples']['train']:,}, {config['epochs']}, {config['lr']:g}"
+    for task, methods in records().items():
+        for method, name in METHODS.items():
+            runs = list(methods["cap" if method == "dense" else method].values())
+            first, config = runs[0], runs[0]["config"]
+            which = "dense" if method == "dense" else "pruned"
+            left = 100 if method == "dense" else 100 - 100 * first["sparsity"]["total"]
+            rows.append(f"| {task} | {first['examples']['train']:,}, {config['epochs']}, "
+                        f"{config['lr']:g} | {name} | {left:.2f} % | {scores(runs, which)} "
+                        f"| {len(runs)} |")
+    return "\n".join(rows)
 
-        def row(model, runs, which, left):
-            scores = ", ".join(f"{name} {spread([run[which][name] for run in runs])}"
-                               for name in runs[0][which])
-            return f"| {task} | {setting} | {model} | {left} | {scores} | {len(runs)} |"
 
-        rows.append(row("dense teacher", first, "dense", "100 %"))
-        for method in methods:
-            runs = found[task, method]
-            left = f"{100 - 100 * runs[0]['sparsity']['total']:.2f} %"
-            rows.append(row(METHODS[method], runs, "pruned", left))
+def epochs_table():
+    """One row for each pruned run: dev score after each epoch, and who steered the encoder."""
+    rows = ["| run | dev score after each epoch (weights kept) | mean gradient share of the terms |",
+            "|---|---|---|"]
+    for path in sorted(HERE.glob("*-seed*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line.get("phase") == "prune"]
+        dev = ", ".join(f"{100 * next(iter(line['dev'].values())):.1f} ({line['kept']:.0%})"
+                        for line in lines if "dev" in line)
+        shares = [line["gradient_share"] for line in lines if "gradient_share" in line]
+        means = ", ".join(f"{name} {statistics.mean(s.get(name, 0) for s in shares):.2f}"
+                          for name in shares[-1])
+        rows.append(f"| {path.stem} | {dev} | {means} |")
     return "\n".join(rows)
 
 
@@ -87,7 +113,8 @@ def equation_table():
 
 def render(text):
     """README's text with its tables made anew."""
-    for name, table in (("results", results_table), ("equations", equation_table)):
+    for name, table in (("results", results_table), ("epochs", epochs_table),
+                        ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda match: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
