@@ -54,7 +54,8 @@ class BertConfig:
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < (field.default > 0)):
                 raise ValueError(f"{field.name} is {value!r}, not a positive whole number")
-            if field.type is float and (type(value) not in (int, float) or not 0 <= value <= 1):
+            rate = field.type is float or (field.type == float | None and value is not None)
+            if rate and (type(value) not in (int, float) or not 0 <= value <= 1):
                 raise ValueError(f"{field.name} is {value!r}, not a number from 0 to 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
@@ -75,7 +76,7 @@ class BertConfig:
                 raw["num_labels"] = len(raw["id2label"])
             known = {field.name for field in dataclasses.fields(cls)}
             return cls(**{key: value for key, value in raw.items() if key in known})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a BERT configuration ({error})") from None
 
     def to_json(self, path):
@@ -287,8 +288,8 @@ def from_pretrained(path_or_name, num_labels=2):
         config = dataclasses.replace(config, num_labels=num_labels, id2label=None)
     source, tensors = read_weights(folder)
     current = {current_name(name): tensor for name, tensor in tensors.items()}
-    model = BertClassifier(config)
-    expected = model.state_dict()
+    with torch.device("meta"):  # shapes alone: no memory before they are known to fit
+        expected = BertClassifier(config).state_dict()
     fits = {name: current[name] for name, tensor in expected.items() if name in current
             and current[name].shape == tensor.shape and current[name].is_floating_point()}
     fresh = [name for name in expected if name not in fits]
@@ -296,6 +297,7 @@ def from_pretrained(path_or_name, num_labels=2):
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors are missing or of another shape or type "
                          f"than config.json says: {', '.join(wrong[:3])}")
+    model = BertClassifier(config)
     model.load_state_dict(fits, strict=False)
     ignored = [name for name in tensors if current_name(name) not in expected]
     print(f"{source}: loaded {len(fits)} tensors ({sum(name not in tensors for name in fits)} "
@@ -330,7 +332,7 @@ def load_bin(path):
     """A pytorch_model.bin, by torch's restricted unpickler: a file cannot run code."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        return {str(name): tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
         kind = type(error).__name__
         raise ValueError(f"{path}: not a weight file of tensors alone ({kind})") from None
@@ -362,7 +364,7 @@ def check_header(header, size):
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (first, last, *entry["shape"])):
+        if not all(type(n) is int and 0 <= n < 2 ** 48 for n in (first, last, *entry["shape"])):
             raise ValueError(f"{name} has the shape {entry['shape']} at {first}")
         length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if first != end or last - first != length:

@@ -9,19 +9,22 @@ Run:    python cap_min.py --task mnli --sparsity 0.97
 Glossary: symbol of the equations -> name in the code, shape
     x_i, y_i  index, labels (B,)      example i, as its row in the training set, and its label
     z_i       pooled (B, D)           tanh-pooled [CLS] of the model that is being pruned
-    q_i       q (B, D)                anchor, z_i / |z_i|
+    q_i       q (B, D)                anchor, z_i / |z_i|. NOTE deviation: no dropout on z_i
     b_j^m     bank[j, m] (N, K, D)    unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
     I, E      index, extra            the batch, and further examples drawn from the training set
-    C_i       candidates (C, D)       what anchor i is compared with
+    C_i, P_i  candidates (C, D)       what anchor i is compared with, and the positives among it
     tau       temperature             0.1
-    S, M      scores, mask            importance of each weight; 1 = kept, 0 = pruned
+    W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
     d(t)      density                 share of weights kept at step t; sparsity = 1 - density
-Equations (1) to (8) are marked where they stand as `# eq. (n)`; README.md tells their tests.
+    t_0, t_1  warm, cool              dense steps at the start, steps of final sparsity at the end
+    w_.       args.w_unsup, ...       weights of the terms of the loss
+Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
+The equations (1) to (8) are written out in README.md, with the tests that pin them; their numbers
+are this project's. They are marked where they stand as `# eq. (n)`.
 """
 
 import argparse
-import contextlib
 import copy
 import hashlib
 import json
@@ -29,7 +32,6 @@ import math
 import os
 import platform
 import random
-import shutil
 import sys
 import time
 from datetime import timedelta
@@ -40,8 +42,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bert_min import BertConfig, from_pretrained, model_folder, save_pretrained
-from data_glue import TASKS, WordPiece, batches, encode_task, load, score
+from bert_min import from_pretrained, model_folder, save_pretrained
+from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
 
 # ----------------------------------------------------------------------------- masks
 
@@ -63,7 +65,7 @@ def topk_mask(scores, density):
 
 def kth_largest(flat, k):
     """The k-th largest entry of a vector. On the CPU a sample tells roughly where it lies, so
-    that only a narrow band has to be partitioned: several times faster than torch's topk."""
+    that only a narrow band has to be partitioned (10.6 M scores: 22 ms, all of them: 90 ms)."""
     if flat.device.type == "cuda":
         return flat.kthvalue(flat.numel() - k + 1).values
     flat = flat.cpu().numpy()
@@ -118,9 +120,8 @@ class MaskedLinear(nn.Linear):
 
 def encoder_linears(model):
     """{name: linear layer} of everything that is pruned: 12 x 6 matrices in BERT-base."""
-    prefix = "bert.encoder."
-    return {prefix + name: layer for name, layer in model.bert.encoder.named_modules()
-            if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in model.named_modules()
+            if name.startswith("bert.encoder.") and isinstance(layer, nn.Linear)}
 
 
 def replace_linears(model, make):
@@ -138,8 +139,8 @@ def add_masks(model, score_init):
 
 
 def set_masks(model, density):
-    """Eq. (1) for every matrix. NOTE it is called before a step, so the weights that are exported
-    are those that the last step was trained with, not the top-k of the scores after it."""
+    """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
+    the one that the last step was trained with, not the top-k of the scores after it."""
     for layer in encoder_linears(model).values():
         layer.mask = topk_mask(layer.scores, density)
 
@@ -269,8 +270,6 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
 
 # ------------------------------------------------------------------------ total loss
 
-KD_TEMPERATURE = 2.0  # T of eq. (8)
-
 
 def task_loss(logits, labels):
     """Cross-entropy, or the squared error of a regression. logits: (B, L), labels: (B,)."""
@@ -279,20 +278,21 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def distillation_loss(logits, teacher_logits, temperature=KD_TEMPERATURE):
+def distillation_loss(logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher_T || student_T), mean over the batch; the squared error of a regression."""
     if logits.size(1) == 1:
         return F.mse_loss(logits, teacher_logits)
     student = (logits / temperature).log_softmax(dim=1)  # (B, L)
     teacher = (teacher_logits / temperature).log_softmax(dim=1)  # (B, L)
-    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature ** 2 * divergence  # last term of eq. (8)
 
 
 def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
 
-    teacher_logits: (N, L). bank_labels: (N,). extra: (args.extra,), of which a bank with K
-    ancestors uses the first 1/K, so that all banks give about as many candidates."""
+    teacher_logits: (N, L). bank_labels: (N,). extra: rows drawn from all N, of which a bank of K
+    ancestors uses the first args.extra // K, so that all give about as many candidates."""
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
     if "kd" not in args.without:
         terms["kd"] = args.w_kd * distillation_loss(logits, teacher_logits[batch["index"]])
@@ -300,8 +300,8 @@ def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, 
         unsup, sup = contrastive_loss(pooled, batch["index"], bank_labels[batch["index"]], bank,
                                       bank_labels, extra[:args.extra // bank.size(1)],
                                       args.temperature, args.norm)
-        terms[name] = args.w_unsup * unsup + args.w_sup * sup
-    return terms  # eq. (8)
+        terms[name] = args.w_unsup * unsup + args.w_sup * sup  # eq. (8)
+    return terms
 
 
 def gradient_shares(terms, pooled):
@@ -314,9 +314,13 @@ def gradient_shares(terms, pooled):
 
 # -------------------------------------------------------------------------- training
 
-TEACHER_EPOCHS = 3  # at most, and no more than the pruning has
 LOG_EVERY = 50  # steps between two lines of log.jsonl
-EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on so many at most; the final on all
+EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
+
+
+def warmup_steps(args, total):
+    """Of the learning rate. t_0 of eq. (3) is twice, t_1 three times as many."""
+    return round(args.warmup * total)
 
 
 def make_optimizer(model, args, total):
@@ -326,9 +330,8 @@ def make_optimizer(model, args, total):
               {"params": [p for name, p in named if name.endswith("scores")], "lr": args.mask_lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
                                   eps=1e-8, weight_decay=0.0, fused=True)
-    warmup = round(args.warmup * total)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_lr(step, total, warmup))
+        optimizer, lambda step: linear_lr(step, total, warmup_steps(args, total)))
 
 
 def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=None):
@@ -336,7 +339,8 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
 
     loss_terms(logits, pooled, batch) -> {name: scalar}, whose sum is minimised.
     density(step, total) -> share of weights to keep, set before each step; None: dense model.
-    after_epoch(epoch) -> {...}, entered in the log. ValueError if the loss is not finite."""
+    after_epoch(epoch) -> {...}, entered in the log. ValueError if the loss is not finite, which
+    is looked at every LOG_EVERY steps."""
     device = model.classifier.weight.device
     dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
     total = epochs * steps
@@ -430,16 +434,19 @@ def evaluate(model, args, dev_sets, dtype=torch.float32):
     return scores
 
 
-def train_teacher(args, data, model, folder, log):
-    """Fine-tune the dense model on `data` and leave it in `folder`."""
+def teacher_epochs(args):
+    return min(3, args.epochs)
+
+
+def train_teacher(args, data, model, log):
+    """Fine-tune the dense `model` on `data`."""
     torch.manual_seed(args.seed)
 
     def loss_terms(logits, pooled, batch):
         return {"ce": task_loss(logits, batch["labels"])}
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          min(TEACHER_EPOCHS, args.epochs))
-    export(model, args, folder)
+          teacher_epochs(args))
 
 
 def first_banks(args, data, model, teacher):
@@ -469,7 +476,7 @@ def prune(args, data, epoch_dev, model, banks, teacher_logits, log):
         return cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
 
     def density(step, total):
-        warmup = round(args.warmup * total)
+        warmup = warmup_steps(args, total)
         return cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup, 3 * warmup)
 
     def after_epoch(epoch):
@@ -491,15 +498,17 @@ def show_scores(scores):
 
 
 def is_finished(folder, config):
-    """Whether the run folder holds this very run, finished. ValueError if it belongs to a run of
-    another configuration."""
-    if not (folder / "log.jsonl").exists():
+    """Whether the run folder holds this very run, finished. ValueError if it is something else, or
+    belongs to a run of another configuration."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is no run folder: choose another --out")
         return False
     try:
-        first_line = (folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[0]
-        before = json.loads(first_line)["config"]
+        before = dict(json.loads(path.read_text(encoding="utf-8").split("\n")[0])["config"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'log.jsonl'} is damaged: delete the folder") from None
+        raise ValueError(f"{path} is damaged: delete the folder") from None
     differing = [key for key in config if config[key] != before.get(key)]
     if differing:
         raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
@@ -526,21 +535,13 @@ def run_config(args):
             for key, value in vars(args).items() if key != "out"}
 
 
-def export(model, args, folder):
-    """Save `model` with its labels and its tokenizer's files, ready for transformers."""
-    words, source = TASKS[args.task].words, model_folder(args.model)
+def export(model, tokenizer, task, folder):
+    """Save `model` with its labels and tokenizer, ready for transformers; the weights last, so
+    that a folder that has them is whole."""
+    words = TASKS[task].words
     model.config.id2label = dict(enumerate(words)) if words else None
+    save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
     save_pretrained(model, folder)
-    shutil.copyfile(source / "vocab.txt", folder / "vocab.txt")
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "BertTokenizer", "do_lower_case": is_lowercase(source),
-         "model_max_length": model.config.max_position_embeddings}), encoding="utf-8")
-
-
-def is_lowercase(folder):
-    """Whether a model's texts are lower-cased: as its tokenizer_config.json says, else yes."""
-    path = folder / "tokenizer_config.json"
-    return not path.exists() or json.loads(path.read_bytes()).get("do_lower_case", True)
 
 
 def write_record(args, data, examples, results, seconds, device):
@@ -548,7 +549,7 @@ def write_record(args, data, examples, results, seconds, device):
     source = b"".join((Path(__file__).parent / name).read_bytes()
                       for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
     rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
-    passes = {"teacher": min(TEACHER_EPOCHS, args.epochs), "prune": args.epochs}
+    passes = {"teacher": teacher_epochs(args), "prune": args.epochs}
     record = {
         "config": run_config(args), "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -612,7 +613,7 @@ def add_flags(parser):
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
     add("--data-dir", help="folder with the task's folder; None: downloaded")
-    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY-seedSEED")
+    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY[-no-TERM...]-seedSEED")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=10, help="of pruning; the teacher has at most 3")
@@ -661,13 +662,15 @@ def parse(argv):
 
 
 def choose_device(args):
-    """Resolve --device and --dtype; ValueError if the machine does not have what was asked."""
+    """The device; args.compute_dtype is set too. ValueError if the machine does not have it."""
     name = args.device
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.zeros(1, device=name).device
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("it is none of cuda, mps and cpu")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
@@ -680,19 +683,16 @@ def choose_device(args):
     return device
 
 
-def load_data(args):
+def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
-    folder = model_folder(args.model)
-    config = BertConfig.from_json(folder / "config.json")
-    tokenizer = WordPiece(folder / "vocab.txt", is_lowercase(folder))
     if tokenizer.size > config.vocab_size:
-        raise ValueError(f"{folder / 'vocab.txt'} has {tokenizer.size} pieces, the model knows "
+        raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
     if not 4 <= args.max_length <= config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is not between 4 and the model's "
                          f"{config.max_position_embeddings} positions")
     if TASKS[args.task].text_b is not None and config.type_vocab_size < 2:
-        raise ValueError(f"{folder} knows one segment only, {args.task} is a task of pairs")
+        raise ValueError(f"{args.model} knows one segment only, {args.task} is a task of pairs")
     splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
     rows = splits["train"]
     if args.max_train and args.max_train < len(rows):
@@ -703,31 +703,30 @@ def load_data(args):
     return data.pop("train"), data
 
 
-def load_fine_tuned(folder, args):
-    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order, and
-    it reads the same ids and has the same hidden size as --model."""
+def load_fine_tuned(folder, task, config):
+    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order (those
+    that have no names, LABEL_0 and so on, are trusted), and its sizes those of `config`."""
     model = from_pretrained(folder, num_labels=None)
-    words, labels = TASKS[args.task].words, model.config.id2label or {}
+    words, labels = TASKS[task].words, model.config.id2label or {}
     named = [str(labels[i]).lower() for i in sorted(labels)]
     if model.config.num_labels != max(1, len(words)) or (
             words and named and not named[0].startswith("label_") and named != words):
         raise ValueError(f"{folder}: its labels are {named or model.config.num_labels}, those of "
-                         f"{args.task} are {words or 'one number'}")
-    wanted = vars(BertConfig.from_json(model_folder(args.model) / "config.json"))
+                         f"{task} are {words or 'one number'}")
     for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
-        if vars(model.config)[name] != wanted[name]:
-            raise ValueError(f"{folder}: its {name} is {vars(model.config)[name]}, that of "
-                             f"{args.model} is {wanted[name]}")
+        found, wanted = getattr(model.config, name), getattr(config, name)
+        if found != wanted:
+            raise ValueError(f"{folder}: its {name} is {found}, that of --model is {wanted}")
     return model
 
 
 def check_schedule(args, size):
     """ValueError unless `size` examples give the schedule room; settles --score-init auto."""
     total = args.epochs * math.ceil(size / args.batch_size)
-    warmup = round(args.warmup * total)
-    if warmup < 1 or total - 5 * warmup < 2:
+    warmup = warmup_steps(args, total)
+    if warmup < 1 or total < 5 * warmup + 2:
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
-                         " it takes a warm-up of at least 1 step, 5 times that, and 2 steps more")
+                         " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
     if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
@@ -735,38 +734,39 @@ def check_schedule(args, size):
 def run(args):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
     start = time.perf_counter()
-    seconds = {"teacher": 0.0}
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
         return
-    data, dev_sets = load_data(args)
-    check_schedule(args, len(data))
+    source = model_folder(args.model)
+    tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words))).to(device)
-    teacher = load_fine_tuned(args.teacher, args) if args.teacher else None
-    log = start_log(args.out, config)  # what can be wrong with the input is known by now
+    model = from_pretrained(source, max(1, len(TASKS[args.task].words))).to(device)
+    teacher = load_fine_tuned(args.teacher, args.task, model.config) if args.teacher else None
+    data, dev_sets = load_data(args, tokenizer, model.config)
+    check_schedule(args, len(data))
+    log = start_log(args.out, config)  # the input is sound: now something may be written
     examples = {"train": len(data), **{split: len(part) for split, part in dev_sets.items()}}
     print(f"{args.task}: {examples}, {args.epochs} epochs on {device}, {args.compute_dtype}, "
           f"scores from {args.score_init}, run folder {args.out}", flush=True)
 
+    seconds = {"teacher": 0.0}
     if teacher is None:
         folder = args.out / "teacher"
         if not (folder / "model.safetensors").exists():
-            with stopwatch(seconds, "teacher"):
-                train_teacher(args, data, copy.deepcopy(model), folder, log)
-        teacher = load_fine_tuned(folder, args)
+            teacher = copy.deepcopy(model)
+            _, seconds["teacher"] = timed(train_teacher, args, data, teacher, log)
+            export(teacher, tokenizer, args.task, folder)
+        teacher = load_fine_tuned(folder, args.task, model.config)
     dense = evaluate(teacher.to(device), args, dev_sets)
     print(f"dense, dev: {show_scores(dense)}", flush=True)
-    with stopwatch(seconds, "banks"):
-        banks, teacher_logits = first_banks(args, data, model, teacher)
+    (banks, teacher_logits), seconds["banks"] = timed(first_banks, args, data, model, teacher)
     del teacher  # all that is needed of it is cached
-    with stopwatch(seconds, "prune"):
-        epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
-        prune(args, data, epoch_dev, model, banks, teacher_logits, log)
+    epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
+    _, seconds["prune"] = timed(prune, args, data, epoch_dev, model, banks, teacher_logits, log)
 
-    export(apply_masks(model), args, args.out / "model")
-    model = load_fine_tuned(args.out / "model", args).to(device)
+    export(apply_masks(model), tokenizer, args.task, args.out / "model")
+    model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
@@ -776,19 +776,18 @@ def run(args):
           f"weights are 0; {timedelta(seconds=int(seconds['total']))}; see {args.out}")
 
 
-@contextlib.contextmanager
-def stopwatch(seconds, phase):
+def timed(function, *arguments):
+    """(what it returns, seconds it took)."""
     start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
+    return function(*arguments), time.perf_counter() - start
 
 
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     try:
         run(parse(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print("error:", str(error).split("\n")[0], file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", (str(error) or "out of memory").split("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command starts again, with the teacher if it was finished")

@@ -12,6 +12,7 @@ Symbols in the shape comments
 
 import functools
 import hashlib
+import json
 import math
 import os
 import unicodedata
@@ -201,7 +202,9 @@ def download(base, name, sha256, cache):
         except (OSError, RuntimeError) as error:
             raise OSError(f"{base}/{name} could not be downloaded ({error}); without a network, "
                           f"put the file at {target} by hand or pass --data-dir") from None
-    if hashlib.sha256(target.read_bytes()).hexdigest() != sha256:
+    with open(target, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
         raise ValueError(f"{target} is not the file of {base}/{name}: delete it")
     return target
 
@@ -239,18 +242,18 @@ def is_punctuation(char):
 
 
 class WordPiece:
-    """BERT's tokenizer: the same ids as Google's. transformers' differs in two points only: it
-    drops private-use characters, and takes "[SEP]" written in a text for the special token.
+    """BERT's tokenizer: the same ids as Google's for words of up to 100 characters. README tells,
+    under deviations, where Google's and transformers' differ.
 
     vocab_file: one piece per line, its id is the line number from 0. ValueError if a special
     token is not in it."""
 
     def __init__(self, vocab_file, lowercase=True):
-        lines = Path(vocab_file).read_bytes().decode("utf-8", "replace").split("\n")
+        self.vocab_file, self.lowercase = Path(vocab_file), lowercase
+        lines = self.vocab_file.read_bytes().decode("utf-8", "replace").split("\n")
         pieces = lines[:-1] if lines[-1] == "" else lines
         self.vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
         self.size = len(pieces)
-        self.lowercase = lowercase
         for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if token not in self.vocab:
                 raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
@@ -298,6 +301,26 @@ class WordPiece:
         first = [self.vocab["[CLS]"], *a, *separator]
         second = [] if text_b is None else b + separator
         return first + second, [0] * len(first) + [1] * len(second)
+
+
+def load_tokenizer(folder):
+    """The WordPiece of a model's folder: vocab.txt, and whether tokenizer_config.json, if there,
+    says that texts are lower-cased. ValueError if it cannot be read."""
+    path = Path(folder) / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return WordPiece(Path(folder) / "vocab.txt", config.get("do_lower_case", True))
+    except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{path}: not a tokenizer's configuration") from None
+
+
+def save_tokenizer(tokenizer, folder, max_length):
+    """Write vocab.txt and tokenizer_config.json as transformers reads them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "vocab.txt").write_bytes(tokenizer.vocab_file.read_bytes())
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
+              "model_max_length": max_length}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- batches

@@ -4,6 +4,7 @@ with other implementations, behaviour. A docstring derives the number that its t
 Run:  python -m pytest -q test_cap_min.py
 Parity with transformers, tokenizers and safetensors is tested where these are installed."""
 
+import functools
 import hashlib
 import http.server
 import itertools
@@ -11,7 +12,6 @@ import json
 import math
 import pickle
 import re
-import shlex
 import sys
 import threading
 import types
@@ -404,19 +404,6 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab):
 # ------------------------------------------------------------------ contrastive loss
 
 
-def test_loss_does_not_depend_on_length_or_order():
-    """q is normalised, and all sums run over sets: neither the length of the queries, nor the
-    order of the batch or of the drawn examples matters."""
-    torch.manual_seed(0)
-    queries, bank = torch.randn(5, 8, dtype=DOUBLE), torch.randn(20, 3, 8, dtype=DOUBLE)
-    labels, index, extra = torch.randint(0, 3, (20,)), torch.randperm(20)[:5], torch.arange(9)
-    wanted = contrastive_loss(queries, index, labels[index], bank, labels, extra)
-    order = tensor([3, 1, 4, 0, 2], LONG)
-    index = index[order]
-    got = contrastive_loss(7 * queries[order], index, labels[index], bank, labels, extra.flip(0))
-    assert torch.allclose(torch.stack(got), torch.stack(wanted), atol=1e-12)
-
-
 @pytest.mark.parametrize("without", [names for r in range(5) for names in
                                      itertools.combinations(("prc", "snc", "fic", "kd"), r)])
 def test_any_combination_of_terms(without):
@@ -434,7 +421,7 @@ def test_any_combination_of_terms(without):
 
 def test_every_example_once_an_epoch_among_its_likes(vocab):
     """Batches are padded to their longest example. Lengths 1 ... 5 + 2 special ids, shuffled,
-    would be a third padding; bucketed by length under 5 %."""
+    fill 5 of 7 places on average; bucketed by length more than 95 %."""
     data = toy_data(vocab, 1000)
     seen, padded = [], 0
     for batch in batches(data, 20, seed=0):
@@ -459,6 +446,7 @@ def test_position_in_the_data_is_epoch_and_batch(vocab):
 
 
 def test_segments_of_a_pair(vocab):
+    """Segment 0 up to the first [SEP], 1 up to the second, 0 where there is padding."""
     examples = [Example("good film", "bad", 1), Example("a", "b", 0)]
     batch = encode_task(examples, WordPiece(vocab)).batch(tensor([0, 1], LONG))
     assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"] == 1)
@@ -488,7 +476,7 @@ def test_published_loss(case):
         assert (gradient - tensor(wanted[name + "_grad"])).abs().max() < 1e-9
 
 
-# ------------------------------------------------------------------------------ BERT
+# ----------------------------------------------------------------- layer, classifier
 
 
 def test_layer_is_torch_transformer_encoder_layer():
@@ -597,7 +585,7 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
 
 
 # =============================================================== part 4: behaviour
-# ---------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------ run folder
 
 
 def command(pretrained, glue, out, *more):
@@ -617,7 +605,7 @@ def finished(tmp_path_factory, pretrained, glue):
 
 
 def test_run_folder(finished):
-    """It holds what DESIGN.md's third section says, the record its keys, the curve is XML."""
+    """It holds the model, its teacher, the record with its keys, the log and a curve in XML."""
     assert {path.name for path in finished.iterdir()} == {
         "teacher", "model", "record.json", "log.jsonl", "curve.svg"}
     record = json.loads((finished / "record.json").read_text())
@@ -645,6 +633,14 @@ def test_log_tells_each_term_and_its_share(finished):
     assert [line["kept"] for line in steps[:7]] == [1] * 7 and steps[7]["kept"] < 1
     assert [line["kept"] for line in steps[-9:]] == pytest.approx([0.1] * 9)
     assert steps[-10]["kept"] > 0.1 and max(line["lr"] for line in steps) == steps[3]["lr"] == 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(vocab):
+    args = cap_min.parse(["--task", "sst2"])
+    args.compute_dtype = torch.float32
+    with pytest.raises(ValueError, match="the term kd is nan at step 0"):
+        cap_min.train(BertClassifier(TINY), toy_data(vocab), lambda logits, pooled, batch: {
+            "ce": pooled.sum(), "kd": pooled.sum() * math.nan}, args, print, epochs=1)
 
 
 def test_recipe():
@@ -724,7 +720,8 @@ def test_regression_and_pairs(pretrained, tmp_path):
 
 
 def test_step_line_fits_in_120_columns(capsys):
-    """On MNLI at full length: step | kept | loss = terms | lr | ms, ex/s, GB | eta."""
+    """On MNLI at full length. 366,000 s since the last line are 3 s a step and 32 / 3 = 11 ex/s;
+    at 1,800 s for 122,000 steps the 720 left take 10 s."""
     progress = cap_min.Progress(122_720, 32, torch.device("cpu"))
     values = dict.fromkeys(("ce", "kd", "prc", "snc", "fic"), 9.87654)
     progress.start -= 1800
@@ -736,7 +733,7 @@ def test_step_line_fits_in_120_columns(capsys):
                         r"fic 9.88 \| 2.9e-05 \| 3000, 11, \d+\.\d \| 0:00:10", line)
 
 
-# ------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize("options, sentence", [
@@ -796,8 +793,9 @@ def test_glue_files_as_they_are(tmp_path):
 
 
 def test_models_that_do_not_fit_the_task_or_each_other(pretrained, glue, tmp_path, capsys):
-    """A teacher that calls class 0 "positive" would score 0 in silence; one of another size has no
-    bank for this model; a vocabulary may not be larger than the model's. No run folder is made."""
+    """A teacher that calls class 0 "positive" would teach the opposite in silence; one of another
+    size has no bank for this model; a vocabulary may not be larger than the model's; a folder
+    that is not a run's is left alone. No run folder is made."""
     def refuse(sentence, *options):
         assert main(command(pretrained, glue, tmp_path / "run", *options)) == 2
         assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -811,6 +809,11 @@ def test_models_that_do_not_fit_the_task_or_each_other(pretrained, glue, tmp_pat
     refuse("its labels are ['positive', 'negative']", "--teacher", str(tmp_path / "swapped"))
     refuse("its hidden_size is 8", "--teacher", str(tmp_path / "small"))
     refuse("has 43 pieces, the model knows 42", "--model", str(tmp_path / "swapped"))
+    (tmp_path / "swapped" / "tokenizer_config.json").write_text("[]")
+    refuse("not a tokenizer's configuration", "--model", str(tmp_path / "swapped"))
+    refuse("small is no run folder", "--out", str(tmp_path / "small"))
+    (tmp_path / "small" / "log.jsonl").write_text('{"config": 3}')
+    refuse("log.jsonl is damaged", "--out", str(tmp_path / "small"))
     assert TASKS["mnli"].words == ["entailment", "neutral", "contradiction"]
 
 
@@ -885,6 +888,7 @@ def test_damaged_safetensors_are_refused(change, tmp_path):
         load_safetensors(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_that_would_run_code_never_runs(pretrained, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -916,15 +920,9 @@ def server(tmp_path, monkeypatch):
     folder = tmp_path / "served"
     folder.mkdir()
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=folder)
-
-        def log_message(self, *args):
-            pass
-
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield folder, f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
@@ -990,11 +988,11 @@ def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
 
 def test_readme_is_current():
     """Its tables are what results/report.py makes of the records, the code and these tests; each
-    of the eight equations has a line and a test; its commands have no unknown flag."""
+    of the eight equations has a line and a test; it names no unknown flag."""
     sys.path.insert(0, str(HERE / "results"))
     import report
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert report.render(text) == text, "run python results/report.py"
     assert all(lines and tests for _, _, lines, tests in report.equations())
-    commands = re.findall(r"(?:cap_min\.py|`)\s?(--task .*?)(?:`|\n)", text)
-    assert len(commands) >= 4 and all(cap_min.parse(shlex.split(line)) for line in commands)
+    flags = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--help", "--no-deps", "--extra-index-url"}
+    assert flags <= {"--" + name.replace("_", "-") for name in vars(cap_min.parse(["--task=rte"]))}

@@ -69,7 +69,7 @@ def results_table():
 
 def epochs_table():
     """One row for each pruned run: dev score after each epoch, and who steered the encoder."""
-    rows = ["| run | dev score after each epoch (weights kept) | mean gradient share of the terms |",
+    rows = ["| run | dev score after each epoch (weights kept) | mean gradient share |",
             "|---|---|---|"]
     for path in sorted(HERE.glob("*-seed*.jsonl")):
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -86,7 +86,7 @@ def epochs_table():
 def equations():
     """[(number, what, lines of cap_min.py, tests that name it)]."""
     lines = (ROOT / "cap_min.py").read_text(encoding="utf-8").splitlines()
-    tests = re.findall(r"def (test_\w+)\(.*?\):\n    \"\"\"(.*?)\"\"\"",
+    tests = re.findall(r"def (test_\w+)\([^)]*\):\n    \"\"\"(.*?)\"\"\"",
                        (ROOT / "test_cap_min.py").read_text(encoding="utf-8"), re.DOTALL)
     rows = []
     for number, what in EQUATIONS.items():
