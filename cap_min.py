@@ -462,10 +462,11 @@ def first_banks(args, data, model, teacher):
     return banks, teacher.classifier(pooled).detach()
 
 
-def prune(args, data, epoch_dev, model, banks, teacher_logits, log):
+def prune(args, data, dev_sets, model, banks, teacher_logits, log):
     """CAP: turn the pre-trained `model` into the pruned, still masked one."""
     torch.manual_seed(args.seed)
     device = teacher_logits.device
+    epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
     add_masks(model, args.score_init)
@@ -544,7 +545,7 @@ def export(model, tokenizer, task, folder):
     save_pretrained(model, folder)
 
 
-def write_record(args, data, examples, results, seconds, device):
+def write_record(args, data, dev_sets, results, seconds, device):
     """record.json: all that a figure in a table must be able to show for itself."""
     source = b"".join((Path(__file__).parent / name).read_bytes()
                       for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
@@ -557,7 +558,8 @@ def write_record(args, data, examples, results, seconds, device):
                                                          f"{torch.get_num_threads()} threads"},
         "source_sha256": hashlib.sha256(source).hexdigest(),
         "train_sha256": hashlib.sha256(rows).hexdigest(),
-        "examples": examples, **results,
+        "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}},
+        **results,
         "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
         "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
                                 for phase, epochs in passes.items() if seconds[phase]},
@@ -733,7 +735,7 @@ def check_schedule(args, size):
 
 def run(args):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), {"teacher": 0.0}
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
@@ -746,11 +748,9 @@ def run(args):
     data, dev_sets = load_data(args, tokenizer, model.config)
     check_schedule(args, len(data))
     log = start_log(args.out, config)  # the input is sound: now something may be written
-    examples = {"train": len(data), **{split: len(part) for split, part in dev_sets.items()}}
-    print(f"{args.task}: {examples}, {args.epochs} epochs on {device}, {args.compute_dtype}, "
-          f"scores from {args.score_init}, run folder {args.out}", flush=True)
+    print(f"{args.task}: {len(data)} examples, {args.epochs} epochs on {device}, "
+          f"{args.compute_dtype}, scores from {args.score_init}, run folder {args.out}", flush=True)
 
-    seconds = {"teacher": 0.0}
     if teacher is None:
         folder = args.out / "teacher"
         if not (folder / "model.safetensors").exists():
@@ -762,15 +762,14 @@ def run(args):
     print(f"dense, dev: {show_scores(dense)}", flush=True)
     (banks, teacher_logits), seconds["banks"] = timed(first_banks, args, data, model, teacher)
     del teacher  # all that is needed of it is cached
-    epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
-    _, seconds["prune"] = timed(prune, args, data, epoch_dev, model, banks, teacher_logits, log)
+    _, seconds["prune"] = timed(prune, args, data, dev_sets, model, banks, teacher_logits, log)
 
     export(apply_masks(model), tokenizer, args.task, args.out / "model")
     model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
-    write_record(args, data, examples, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
+    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
                  seconds, device)
     print(f"pruned, dev: {show_scores(pruned)}; {100 * sparsity['total']:.2f} % of the encoder's "
           f"weights are 0; {timedelta(seconds=int(seconds['total']))}; see {args.out}")
