@@ -57,20 +57,20 @@ def vocab(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory, vocab):
-    """Folder of a tiny BERT with random weights, as if it were pre-trained."""
+    """Folder of a tiny BERT with random weights; its 3 labels fit no task that is run here."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    save_pretrained(BertClassifier(TINY), folder)
+    save_pretrained(BertClassifier(BertConfig(**{**vars(TINY), "num_labels": 3})), folder)
     (folder / "vocab.txt").write_bytes(vocab.read_bytes())
     return folder
 
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory):
-    """A data folder with 96 + 40 sentences for sst2, of many lengths; "good" means positive."""
+    """A data folder with 320 + 40 sentences for sst2, of many lengths; "good" means positive."""
     folder = tmp_path_factory.mktemp("glue")
     (folder / "SST-2").mkdir()
-    for name, count in (("train.tsv", 96), ("dev.tsv", 40)):
+    for name, count in (("train.tsv", 320), ("dev.tsv", 40)):
         rows = [f"the film {'is ' * (i % 7)}{('bad', 'good')[i % 2]} !\t{i % 2}"
                 for i in range(count)]
         (folder / "SST-2" / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
@@ -509,15 +509,15 @@ def in_transformers(folder):
 
 def test_bert_is_transformers_bert(pretrained):
     """Logits and the gradients of all parameters, double precision, padded pairs: 1e-8."""
-    ours, theirs = from_pretrained(pretrained).double().eval(), in_transformers(pretrained).double()
+    ours, theirs = from_pretrained(pretrained, 3).double().eval(), in_transformers(pretrained)
     ids, mask, segments = toy_batch()
     logits, pooled = ours(ids, mask, segments)
-    wanted = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
+    wanted = theirs.double()(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
     assert (logits - wanted).abs().max() < 1e-8
     hidden, same_pooled = ours.bert(ids, mask, segments)
     assert hidden.shape == (3, 7, 16) and torch.equal(pooled, same_pooled)
     assert torch.equal(ours(ids)[0], ours(ids, torch.ones_like(ids), torch.zeros_like(ids))[0])
-    weights = torch.randn(3, 2, dtype=DOUBLE)
+    weights = torch.randn(3, 3, dtype=DOUBLE)
     (logits * weights).sum().backward()
     (wanted * weights).sum().backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
@@ -591,7 +591,7 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
 def command(pretrained, glue, out, *more):
     return ["--task", "sst2", "--sparsity", "0.9", "--model", str(pretrained), "--data-dir",
             str(glue), "--out", str(out), "--epochs", "3", "--batch-size", "8", "--max-length",
-            "16", "--device", "cpu", "--dtype", "fp32", "--lr", "1e-3", *more]
+            "16", "--device", "cpu", "--dtype", "fp32", "--lr", "3e-3", *more]
 
 
 @pytest.fixture(scope="session")
@@ -612,7 +612,7 @@ def test_run_folder(finished):
     assert set(record) == {
         "config", "seed", "versions", "source_sha256", "train_sha256", "examples", "dense",
         "pruned", "sparsity", "seconds", "examples_per_second", "peak_memory_bytes"}
-    assert record["examples"] == {"train": 96, "dev": 40}
+    assert record["examples"] == {"train": 320, "dev": 40} and record["dense"]["accuracy"] == 1
     assert set(record["seconds"]) == {"teacher", "banks", "prune", "total"}
     assert record["config"]["score_init"] == "magnitude"  # auto: a short run
     xml.dom.minidom.parse(str(finished / "curve.svg"))
@@ -620,19 +620,19 @@ def test_run_folder(finished):
 
 def test_log_tells_each_term_and_its_share(finished):
     """Every step of the pruning phase has the terms, which sum to the loss, and their gradient
-    shares; SnC comes with the second epoch; every epoch has its dev score. Of 3 * 96 / 8 = 36
-    steps round(0.09 * 36) = 3 are warm-up, the first 6 keep all, the last 9 a tenth."""
+    shares; SnC comes with the second epoch; every epoch has its dev score. Of 3 * 320 / 8 = 120
+    steps round(0.09 * 120) = 11 are warm-up, the first 22 keep all, the last 33 a tenth."""
     lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line.get("phase") == "prune" and "loss" in line]
-    assert [line["step"] for line in steps] == list(range(36))
+    assert [line["step"] for line in steps] == list(range(120))
     for line in steps:
         names = {"ce", "kd", "prc", "fic"} | ({"snc"} if line["epoch"] else set())
         assert set(line["gradient_share"]) == names
         assert sum(line[name] for name in names) == pytest.approx(line["loss"])
     assert [line["epoch"] for line in lines if "dev" in line] == [0, 1, 2]
-    assert [line["kept"] for line in steps[:7]] == [1] * 7 and steps[7]["kept"] < 1
-    assert [line["kept"] for line in steps[-9:]] == pytest.approx([0.1] * 9)
-    assert steps[-10]["kept"] > 0.1 and max(line["lr"] for line in steps) == steps[3]["lr"] == 1e-3
+    assert [line["kept"] for line in steps[:23]] == [1] * 23 and steps[23]["kept"] < 1
+    assert [line["kept"] for line in steps[-33:]] == pytest.approx([0.1] * 33)
+    assert steps[-34]["kept"] > 0.1 and max(line["lr"] for line in steps) == steps[11]["lr"] == 3e-3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(vocab):
@@ -711,7 +711,7 @@ def test_regression_and_pairs(pretrained, tmp_path):
         (tmp_path / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
     options = command(pretrained, tmp_path, tmp_path / "run")
     options[1] = "stsb"
-    assert main([*options, "--without", "snc", "prc", "fic"]) == 0
+    assert main([*options, "--lr", "1e-3", "--without", "snc", "prc", "fic"]) == 0
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert set(record["pruned"]) == {"pearson", "spearman"}
     assert record["dense"]["pearson"] > 0.5  # the number of words decides, and can be learnt
@@ -750,7 +750,8 @@ def test_step_line_fits_in_120_columns(capsys):
     (["--model", "nowhere"], "nowhere: no such folder"),
     (["--data-dir", "nowhere"], "nowhere/SST-2/train.tsv"),
     (["--max-length", "33"], "the model's 32 positions"),
-    (["--epochs", "1", "--batch-size", "96"], "no room for the schedule"),
+    (["--epochs", "1", "--batch-size", "80"], "4 steps with --warmup 0.09 have no room"),
+    (["--warmup", "0.197"], "120 steps with --warmup 0.197 have no room"),
     (["--teacher", "nowhere"], "nowhere: no such folder"),
 ])
 def test_bad_arguments_end_in_one_sentence(options, sentence, pretrained, glue, tmp_path, capsys):
