@@ -227,7 +227,7 @@ CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 def clean(char):
     """What a character becomes before words are split: nothing, a space, itself, or apart."""
     category = unicodedata.category(char)
-    if char in "\t\n\r" or category == "Zs":
+    if char in "\t\n\r":
         return " "
     if char in "\0\ufffd" or category in ("Cc", "Cf"):
         return ""

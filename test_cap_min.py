@@ -546,6 +546,7 @@ def test_safetensors_files_of_both_sides(tmp_path):
                "d": torch.empty(0, 4), "e": torch.ones(3, dtype=torch.bool),
                "f": torch.randn(2).bfloat16(), "g": torch.randn(2, 2, dtype=DOUBLE).T}
     save_safetensors(tensors, tmp_path / "ours")
+    assert b'{"__metadata__": {"format": "pt"}' in (tmp_path / "ours").read_bytes()[:60]
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     library.save_file(plain, tmp_path / "theirs")
     for loaded in (library.load_file(tmp_path / "ours"), load_safetensors(tmp_path / "theirs"),
