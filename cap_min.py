@@ -20,12 +20,12 @@ Glossary: symbol of the equations -> name in the code, shape
     t_0, t_1  warm, cool              dense steps at the start, steps of final sparsity at the end
     w_.       args.w_unsup, ...       weights of the terms of the loss
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
-The equations (1) to (8) are written out in README.md, with the tests that pin them; their numbers
-are this project's. They are marked where they stand as `# eq. (n)`.
+The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
 """
 
 import argparse
 import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -55,53 +55,53 @@ def topk_mask(scores, density):
     k = max(1, round(density * flat.numel()))  # eq. (1)
     if k >= flat.numel():
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = kth_largest(flat, k)
-    mask = flat >= threshold
-    surplus = int(mask.sum()) - k
-    if surplus:
-        mask[(flat == threshold).nonzero()[-surplus:]] = False
-    return mask.view_as(scores)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(topk_by_sample(flat.numpy(), k)).view_as(scores)
+    kept = flat.sort(descending=True, stable=True).indices[:k]
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, kept, True).view_as(scores)
 
 
-def kth_largest(flat, k):
-    """The k-th largest entry of a vector. On the CPU a sample tells roughly where it lies, so
-    that only a narrow band has to be partitioned (10.6 M scores: 22 ms, all of them: 90 ms)."""
-    if flat.device.type == "cuda":
-        return flat.kthvalue(flat.numel() - k + 1).values
-    flat = flat.cpu().numpy()
-    sample = np.sort(flat[::61])  # a prime, not to fall into step with the rows of the matrix
-    above = k / len(flat)
-    place, slack = len(sample) * (1 - above), 1 + 4 * math.sqrt(len(sample) * above * (1 - above))
-    low = sample[max(0, int(place - slack))]
-    high = sample[min(len(sample) - 1, int(place + slack))]
-    above, band = np.count_nonzero(flat > high), flat[(flat >= low) & (flat <= high)]
-    if not above < k <= above + len(band):  # the sample misled: search everything
-        above, band = 0, flat
-    return float(np.partition(band, above - k)[above - k])
+def topk_by_sample(flat, k):
+    """`topk_mask` of a numpy vector without sorting it all: a sorted sample tells about where the
+    k-th largest lies, a count how far off that is, and only a narrow band has to be searched."""
+    stride = 61  # a prime, not to fall into step with the rows of the matrix
+    sample = np.sort(flat[::stride])
+    place = len(sample) * (1 - k / len(flat))
+    mask = flat > sample[int(place)]
+    miss = (np.count_nonzero(mask) - k) / stride  # in places of the sample; above 0: too many
+    place += miss + math.copysign(2 + 4 * math.sqrt(abs(miss)), miss)
+    edge = sample[min(max(0, int(place)), len(sample) - 1)]
+    mask, wider = (mask, flat >= edge) if miss < 0 else (flat > edge, mask)
+    band = np.flatnonzero(mask ^ wider)
+    lacking = k - np.count_nonzero(mask)  # so many of the band are kept as well
+    if not 0 < lacking <= len(band):  # the sample misled: search everything
+        mask, band, lacking = np.zeros(len(flat), bool), np.arange(len(flat)), k
+    values = flat[band]
+    threshold = np.partition(values, -lacking)[-lacking]
+    mask[band] = values >= threshold
+    surplus = np.count_nonzero(values >= threshold) - lacking
+    mask[band[values == threshold][::-1][:surplus]] = False
+    return mask
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2).
-
-    W' is made in `dtype`, that of the matrix product, which is cheaper than to cast it there."""
+    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2)."""
 
     @staticmethod
-    def forward(ctx, weight, scores, mask, dtype):
+    def forward(ctx, weight, scores, mask):
         ctx.save_for_backward(weight, mask)
-        return weight.to(dtype) * mask.to(dtype)  # eq. (1)
+        return weight * mask  # eq. (1)
 
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        to_weight = (grad * mask.to(grad.dtype)).to(weight.dtype)  # eq. (2)
-        return to_weight, grad.to(weight.dtype) * weight, None, None  # eq. (2)
+        return grad * mask, grad * weight, None  # eq. (2)
 
 
 class MaskedLinear(nn.Linear):
-    """A linear layer whose weight is multiplied by a mask, the top-k of trainable `scores`.
-
-    scores start at 0 (`score_init="zero"`, as published), or at |W| / std(W) ("magnitude"),
-    which short runs need: they end before scores from 0 have learnt what matters."""
+    """A linear layer whose weight is multiplied by a mask, the top-k of trainable `scores`. They
+    start at 0 (`score_init="zero"`, as published), or at |W| / std(W) ("magnitude"), which short
+    runs need: they end before scores from 0 have learnt what matters."""
 
     def __init__(self, linear, score_init="zero"):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -112,10 +112,7 @@ class MaskedLinear(nn.Linear):
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, x):
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight = StraightThrough.apply(self.weight, self.scores, self.mask, dtype)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, StraightThrough.apply(self.weight, self.scores, self.mask), self.bias)
 
 
 def encoder_linears(model):
@@ -195,16 +192,20 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def encode(model, data, dtype=torch.float32, batch_size=128):
+def encode(model, data, dtype=torch.float32, tokens=None):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
-    gradient is kept; the model's mode is restored."""
+    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included."""
     device, was_training = model.classifier.weight.device, model.training
+    tokens = tokens or (2 ** 11 if device.type == "cpu" else 2 ** 16)
     pooled = torch.empty(len(data), model.config.hidden_size, device=device)
+    lengths, order = data.lengths.sort(descending=True)  # alike in length: little padding
     model.eval()
     with torch.no_grad(), autocast(device, dtype):
-        for index in data.lengths.argsort().split(batch_size):  # alike in length: little padding
-            batch = move(data.batch(index), device)
+        while len(order):
+            count = max(1, tokens // int(lengths[0]))
+            batch = move(data.batch(order[:count]), device)
             pooled[batch["index"]] = model(*inputs(batch))[1].float()
+            lengths, order = lengths[count:], order[count:]
     model.train(was_training)
     return pooled
 
@@ -250,19 +251,18 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     Returns (unsup, sup): two scalars, not weighted."""
     q = F.normalize(queries, dim=-1)  # (B, D)
     drawn = torch.cat([index, extra])  # (B + E,)
-    ancestors = bank[drawn].to(q.dtype).flatten(0, 1)  # ((B + E) K, D)
-    candidates = torch.cat([q.detach(), ancestors])  # (C, D), eq. (4)
+    ancestors = bank.index_select(0, drawn).to(q.dtype).flatten(0, 1)  # ((B + E) K, D)
     candidate_index = torch.cat([index, drawn.repeat_interleave(bank.size(1))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat_interleave(bank.size(1))])
-    itself = torch.eye(len(q), len(candidates), dtype=torch.bool, device=q.device)  # (B, C)
-    similarity = q @ candidates.T / temperature  # (B, C), s_ic
-    log_p = similarity.masked_fill(itself, -torch.inf).log_softmax(dim=1)  # (B, C), eq. (5)
+    similarity = torch.cat([q @ q.detach().T, q @ ancestors.T], dim=1) / temperature  # eq. (4)
+    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=q.device)  # (B, C)
+    log_p = torch.where(itself, -torch.inf, similarity).log_softmax(dim=1)  # (B, C), eq. (5)
     same_example = (index[:, None] == candidate_index) & ~itself  # (B, C), P^u of eq. (6)
     same_label = (labels[:, None] == candidate_labels) & ~itself  # (B, C), P^s of eq. (6)
 
     def mean_over_positives(positive):
         count = positive.sum(1)  # (B,), |P_i|
-        per_anchor = log_p.masked_fill(~positive, 0).sum(1) / count  # (B,)
+        per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
         return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)
 
     return mean_over_positives(same_example), mean_over_positives(same_label)
@@ -315,6 +315,7 @@ def gradient_shares(terms, pooled):
 # -------------------------------------------------------------------------- training
 
 LOG_EVERY = 50  # steps between two lines of log.jsonl
+TEACHER_EPOCHS = 3  # at most
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
 
 
@@ -345,7 +346,6 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
     dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
     total = epochs * steps
     optimizer, schedule = make_optimizer(model, args, total)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     progress = Progress(total, args.batch_size, device)
     model.train()
     for epoch in range(epochs):
@@ -366,7 +366,7 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
                     raise ValueError(f"the term {bad[0]} is {values[bad[0]]} at step {step}")
                 shares = gradient_shares(terms, pooled)
             sum(terms.values()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             lr = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -426,16 +426,11 @@ def evaluate(model, args, dev_sets, dtype=torch.float32):
     """GLUE's scores on every dev set: {"accuracy": ..., "accuracy_mm": ...}, as fractions."""
     scores = {}
     for split, data in dev_sets.items():
-        with torch.no_grad():
-            logits = model.classifier(encode(model, data, dtype))  # (N, L)
+        logits = model.classifier(encode(model, data, dtype)).detach()  # (N, L)
         predictions = logits[:, 0] if logits.size(1) == 1 else logits.argmax(dim=1)
         found = score(args.task, predictions.cpu().numpy(), data.labels.numpy())
         scores |= {name + split.removeprefix("dev"): value for name, value in found.items()}
     return scores
-
-
-def teacher_epochs(args):
-    return min(3, args.epochs)
 
 
 def train_teacher(args, data, model, log):
@@ -446,7 +441,7 @@ def train_teacher(args, data, model, log):
         return {"ce": task_loss(logits, batch["labels"])}
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          teacher_epochs(args))
+          min(TEACHER_EPOCHS, args.epochs))
 
 
 def first_banks(args, data, model, teacher):
@@ -550,7 +545,7 @@ def write_record(args, data, dev_sets, results, seconds, device):
     source = b"".join((Path(__file__).parent / name).read_bytes()
                       for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
     rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
-    passes = {"teacher": teacher_epochs(args), "prune": args.epochs}
+    passes = {"teacher": min(TEACHER_EPOCHS, args.epochs), "prune": args.epochs}
     record = {
         "config": run_config(args), "seed": args.seed,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -676,10 +671,8 @@ def choose_device(args):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # not emulated
-    else:
-        has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    has_bf16 = (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() or
+                device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
     use_bf16 = args.dtype == "bf16" or (args.dtype == "auto" and has_bf16)
     args.compute_dtype = torch.bfloat16 if use_bf16 else torch.float32
     return device
@@ -733,9 +726,18 @@ def check_schedule(args, size):
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed: to give each step's gradients back to the system and to map
+    them anew, page by page, takes up to a tenth of a step. Without glibc nothing is done."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, at its largest
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
 def run(args):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
     start, seconds = time.perf_counter(), {"teacher": 0.0}
+    keep_freed_memory()
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
