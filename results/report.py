@@ -83,6 +83,68 @@ def epochs_table():
     return "\n".join(rows)
 
 
+def throughput():
+    """The record of the last run of bench/throughput.py."""
+    return json.loads((HERE / "throughput.json").read_text(encoding="utf-8"))
+
+
+def throughput_table():
+    """One row for each comparison, one column for each task."""
+    record = throughput()
+    tasks, config = record["tasks"], record["config"]
+
+    def row(what, show):
+        return f"| {what} | {' | '.join(show(task, figures) for task, figures in tasks.items())} |"
+
+    def against(side):
+        return lambda task, figures: (f"{figures['prune_against'][side]:.2f}"
+                                      if side in figures["prune_against"] else "")
+
+    def share(part):
+        return lambda task, figures: f"{part(figures) / figures['parts_ms']['whole step']:.1%}"
+
+    def memory(figures):
+        peak = figures["peak_memory_bytes"]
+        return (peak["prune"] - figures["bank_bytes"]) / peak["transformers"]
+
+    growth = {rows: f"{ms:.0f}" for rows, ms in record["growth"].items() if rows.isdigit()}
+    return "\n".join([
+        f"| {record['machine']}, torch {record['torch']}; {config['rows']:,} rows, "
+        f"{config['epochs']} epochs, {config['repeats']} repeats | {' | '.join(tasks)} |",
+        "|---" * (1 + len(tasks)) + "|",
+        row("pruning phase, examples/s", lambda t, f: f"{f['examples_per_second']['prune']:.0f}"),
+        row("against transformers' fine-tuning", against("transformers")),
+        row("against bert_min's dense fine-tuning, embeddings frozen", against("dense")),
+        row("against steps of the published code", against("published")),
+        row("masks, share of a step at 97 %", share(lambda f: f["parts_ms"]["masks"])),
+        row("contrastive terms, forward and backward, share of a step",
+            share(lambda f: f["contrastive_ms"])),
+        row("a snapshot, share of the steps of an epoch",
+            lambda t, f: f"{f['snapshot_of_epoch']:.2f}"),
+        row("peak memory against transformers' fine-tuning, banks left out",
+            lambda t, f: f"{memory(f):.2f}"),
+        row("WordPiece against the tokenizers library, one core each",
+            lambda t, f: f"{record['tokenising'][t]['ratio']:.1f}"),
+        row("start to end of the first step, 20,000 rows",
+            lambda t, f: f"{record['start_up'][t]['seconds']:.1f} s"),
+        f"| ms a step at {', '.join(f'{int(rows):,}' for rows in growth)} rows of 16 tokens "
+        f"| {', '.join(growth.values())} |" + " |" * (len(tasks) - 1)])
+
+
+def profile_table():
+    """Milliseconds of each part of a pruning step at the final sparsity, before and now."""
+    tasks = throughput()["tasks"]
+    columns = [parts for figures in tasks.values()
+               for parts in (figures["before"]["parts_ms"], figures["parts_ms"])]
+    rows = [f"| part | {' | '.join(f'{task}, before | now' for task in tasks)} |",
+            "|---" * (1 + len(columns)) + "|"]
+    for name in columns[0]:
+        cells = (f"{parts[name]:.0f} ({parts[name] / parts['whole step']:.0%})"
+                 for parts in columns)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def equations():
     """[(number, what, lines of cap_min.py, tests that name it)]."""
     lines = (ROOT / "cap_min.py").read_text(encoding="utf-8").splitlines()
@@ -114,6 +176,7 @@ def equation_table():
 def render(text):
     """README's text with its tables made anew."""
     for name, table in (("results", results_table), ("epochs", epochs_table),
+                        ("throughput", throughput_table), ("profile", profile_table),
                         ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda match: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
