@@ -361,10 +361,13 @@ def toy_data(vocab, count=10):
 
 def test_encode_is_deterministic_and_restores_the_mode(vocab):
     """Dropout is on in the training model, off in `encode`; its rows are the model's pooled
-    vectors in the order of the data, whatever the batches."""
+    vectors in the order of the data, whatever the batches, which are filled up to `tokens`."""
     torch.manual_seed(0)
     model, data = BertClassifier(TINY).train(), toy_data(vocab)
-    first, second = encode(model, data), encode(model, data, tokens=17)
+    first, sizes = encode(model, data), []
+    model.register_forward_pre_hook(lambda _, batch: sizes.append(batch[0].numel()))
+    second = encode(model, data, tokens=17)
+    assert max(sizes) <= 17 and len(sizes) < len(data)
     assert model.training and not first.requires_grad
     assert torch.allclose(first, second, atol=1e-6)
     batch = data.batch(tensor([4], LONG))
