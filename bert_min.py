@@ -100,7 +100,7 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x):
-        if not self.training or x.device.type != "cpu":
+        if not self.training or self.rate in (0, 1) or x.device.type != "cpu":
             return F.dropout(x, self.rate, self.training)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
         bits = bits.view(torch.int16)[:x.numel()].view_as(x)
@@ -143,10 +143,10 @@ class SelfAttention(nn.Module):
     def forward(self, x, key_mask, queries):
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
                    for y in (self.query(queries), self.key(x), self.value(x)))
-        if x.device.type != "cpu":  # there, forward and backward would take 10 times as long
+        if x.device.type != "cpu":
             rate = self.dropout.rate if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, key_mask, rate)
-        else:
+        else:  # the fused kernel would take up to 10 times as long, backward included
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))  # (B, H, T, T)
             if key_mask is not None:
                 scores = scores.masked_fill(~key_mask, -torch.inf)

@@ -737,7 +737,6 @@ def keep_freed_memory():
 def run(args):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
     start, seconds = time.perf_counter(), {"teacher": 0.0}
-    keep_freed_memory()
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
@@ -785,6 +784,7 @@ def timed(function, *arguments):
 
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
+    keep_freed_memory()
     try:
         run(parse(argv))
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:

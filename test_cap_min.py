@@ -471,6 +471,7 @@ def test_dropout_keeps_its_share_and_the_mean():
         n = len(dropped)
         assert abs(int(dropped.sum()) - n * p) < 5 * math.sqrt(n * p * (1 - p))
     assert torch.equal(dropout.eval()(x), x)
+    assert not bert_min.Dropout(1.0)(x).any()
 
 
 # =================================================================== part 3: parity

@@ -84,11 +84,11 @@ def transformers_side(options):
     """One epoch of plain fine-tuning, after some steps that are not counted."""
     import transformers
     args, model, data = setup(options)
-    folder = tempfile.mkdtemp()
-    cap_min.save_pretrained(model, folder)
     device = model.classifier.weight.device
-    theirs = transformers.BertForSequenceClassification.from_pretrained(
-        folder, attn_implementation="sdpa").to(device).train()
+    with tempfile.TemporaryDirectory() as folder:
+        cap_min.save_pretrained(model, folder)
+        theirs = transformers.BertForSequenceClassification.from_pretrained(
+            folder, attn_implementation="sdpa").to(device).train()
     total = len(data) // args.batch_size
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, 2 * total)
@@ -189,20 +189,17 @@ def contrastive_ms(args, data, banks):
     """Forward and backward of the three contrastive terms, as in a step of the last epoch."""
     device = banks.bank["prc"].device
     labels = data.labels.to(device)
+    teacher = torch.zeros(len(data), 1 + int(labels.max()), device=device)
     times = []
     for batch in list(batches(data, args.batch_size, 2))[:30]:
         batch = cap_min.move(batch, device)
         pooled = torch.randn(len(batch["index"]), banks.bank["prc"].size(2), device=device,
                              requires_grad=True)
         extra = torch.randperm(len(data))[:args.extra].to(device)
+        logits = teacher[batch["index"]]
         start = clock()
-        loss = 0
-        for _, bank in banks.items():
-            unsup, sup = cap_min.contrastive_loss(
-                pooled, batch["index"], batch["labels"], bank, labels,
-                extra[:args.extra // bank.size(1)])
-            loss = loss + args.w_unsup * unsup + args.w_sup * sup
-        loss.backward()
+        terms = cap_min.cap_terms(logits, pooled, batch, teacher, banks, labels, extra, args)
+        sum(terms[name] for name, _ in banks.items()).backward()
         times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
@@ -315,17 +312,18 @@ def start_up(options):
     """Seconds from `python cap_min.py` on 20,000 rows to the end of its first training step."""
     times = []
     for _ in range(3):
-        out = Path(tempfile.mkdtemp()) / "run"
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cap_min.py"), "--task", options.task, "--model",
-             options.model, "--data-dir", options.data_dir, "--max-train", "20000",
-             "--out", str(out)], stdout=subprocess.DEVNULL)
-        while not ((out / "log.jsonl").exists() and '"step"' in (out / "log.jsonl").read_text()):
-            time.sleep(0.02)
-        times.append(time.perf_counter() - start)
-        process.kill()
-        process.wait()
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "log.jsonl"
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "cap_min.py"), "--task", options.task, "--model",
+                 options.model, "--data-dir", options.data_dir, "--max-train", "20000",
+                 "--out", folder], stdout=subprocess.DEVNULL)
+            while not (log.exists() and '"step"' in log.read_text()):
+                time.sleep(0.02)
+            times.append(time.perf_counter() - start)
+            process.kill()
+            process.wait()
     return {"seconds": statistics.median(times[1:])}  # the first one warms the machine's caches
 
 
@@ -341,8 +339,9 @@ def measure(side, options, task, source=ROOT):
     """Run one side in a process of its own."""
     python, folder = options.published if side == "published" else (sys.executable, None)
     command = [python, str(Path(__file__).resolve()), "--side", side, "--task", task]
-    for name in ("rows", "epochs", "warm", "device", "dtype", "data_dir"):
-        command += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    for name in ("rows", "epochs", "warm", "device", "dtype"):
+        command += ["--" + name, str(getattr(options, name))]
+    command += ["--data-dir", options.data_dir] if options.data_dir else []
     model = options.model if options.model == "base" else str(Path(options.model).resolve())
     done = subprocess.run([*command, "--model", model], cwd=folder, text=True, check=True,
                           stdout=subprocess.PIPE, env={**os.environ, "CAP_SOURCE": str(source)})
@@ -404,7 +403,7 @@ def main():
     options = parser.parse_args()
     if options.side:
         result = SIDES[options.side](options)
-        device = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu").device
+        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
         print(json.dumps({**result, "peak_memory_bytes": cap_min.peak_memory(device)}))
         return
     record = {"date": str(date.today()), "machine": f"{processor()}, {os.cpu_count()} cores",
