@@ -4,7 +4,8 @@ encoder weights, and let contrastive terms against its own ancestors keep what t
 Paper:  Xu et al., "From Dense to Sparse: Contrastive Pruning for Better Pre-trained Language Model
         Compression" (arXiv 2112.07198, AAAI 2022). The criterion is movement pruning (Sanh et
         al., arXiv 2005.07683) with an exact top-k in each matrix.
-Run:    python cap_min.py --task mnli --sparsity 0.97
+Run:    python cap_min.py                                   the demo, in 3 minutes on a laptop
+        python cap_min.py --task mnli --sparsity 0.97       the published recipe
 
 Glossary: symbol of the equations -> name in the code, shape
     x_i, y_i  index, labels (B,)      example i, as its row in the training set, and its label
@@ -32,6 +33,7 @@ import math
 import os
 import platform
 import random
+import statistics
 import sys
 import time
 from datetime import timedelta
@@ -44,6 +46,8 @@ import torch.nn.functional as F
 
 from bert_min import from_pretrained, model_folder, save_pretrained
 from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
+
+HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------- masks
 
@@ -95,20 +99,21 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        return grad * mask, grad * weight, None  # eq. (2)
+        return grad * mask, grad * weight if ctx.needs_input_grad[1] else None, None  # eq. (2)
 
 
 class MaskedLinear(nn.Linear):
     """A linear layer whose weight is multiplied by a mask, the top-k of trainable `scores`. They
     start at 0 (`score_init="zero"`, as published), or at |W| / std(W) ("magnitude"), which short
-    runs need: they end before scores from 0 have learnt what matters."""
+    runs need: they end before scores from 0 have learnt what matters. None: magnitude pruning,
+    there are no scores and |W| stands for them."""
 
     def __init__(self, linear, score_init="zero"):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         weight = linear.weight.detach()
         scale = 0.0 if score_init == "zero" else 1 / weight.std().clamp_min(1e-12)
-        self.scores = nn.Parameter(weight.abs() * scale)
+        self.scores = nn.Parameter(weight.abs() * scale) if score_init else None
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, x):
@@ -139,7 +144,8 @@ def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
     for layer in encoder_linears(model).values():
-        layer.mask = topk_mask(layer.scores, density)
+        scores = layer.weight.abs() if layer.scores is None else layer.scores
+        layer.mask = topk_mask(scores, density)
 
 
 def apply_masks(model):
@@ -464,7 +470,7 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log):
     epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
-    add_masks(model, args.score_init)
+    add_masks(model, args.score_init if args.method == "movement" else None)
 
     def loss_terms(logits, pooled, batch):
         count = min(args.extra, len(data))
@@ -526,8 +532,9 @@ def start_log(folder, config):
 
 
 def run_config(args):
-    """All flags as JSON, but where the run lies."""
-    return {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
+    """All flags as JSON, but where the run lies; a path in this folder is relative to it."""
+    return {key: str(value).removeprefix(f"{HERE}{os.sep}")
+            if isinstance(value, (Path, torch.dtype)) else value
             for key, value in vars(args).items() if key != "out"}
 
 
@@ -542,8 +549,8 @@ def export(model, tokenizer, task, folder):
 
 def write_record(args, data, dev_sets, results, seconds, device):
     """record.json: all that a figure in a table must be able to show for itself."""
-    source = b"".join((Path(__file__).parent / name).read_bytes()
-                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
+    modules = ("bert_min.py", "data_glue.py", "cap_min.py")
+    source = b"".join((HERE / name).read_bytes() for name in modules)
     rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
     passes = {"teacher": min(TEACHER_EPOCHS, args.epochs), "prune": args.epochs}
     record = {
@@ -562,6 +569,7 @@ def write_record(args, data, dev_sets, results, seconds, device):
     temporary = args.out / "record.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, args.out / "record.json")  # a record that is there is whole
+    return record
 
 
 def draw_curve(folder, dense):
@@ -585,7 +593,26 @@ def draw_curve(folder, dense):
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
+def print_summary(args, record, model):
+    """The end of a run: the scores of both models, how many weights they have, what to do next."""
+    notes = {"accuracy": "(known from fine-tuning)",
+             "accuracy_unseen": "(known from pre-training alone)"} if args.task == "demo" else {}
+    weights = torch.cat([layer.weight.flatten() for layer in encoder_linears(model).values()])
+    size = (args.out / "model" / "model.safetensors").stat().st_size
+    print("\n     dense    pruned")
+    for name, pruned in record["pruned"].items():
+        print(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}",
+              notes.get(name, ""))
+    print(f"{weights.numel():10,}{int(weights.count_nonzero()):10,}  weights in the encoder\n"
+          f"pruned model, for transformers too: {args.out / 'model'}, {size / 1e6:.1f} MB; "
+          f"took {timedelta(seconds=int(record['seconds']['total']))}")
+    if args.task == "demo":
+        print("next: python cap_min.py --compare")
+
+
 # ---------------------------------------------------------------------- command line
+
+DEMO = {"model": HERE / "demo" / "model", "epochs": 6, "lr": 1e-3, "max_length": 32}
 
 
 def number(kind, low, below=math.inf):
@@ -605,12 +632,17 @@ def add_flags(parser):
     count, share = number(int, 1), number(float, 0, 1)
     weight, rate = number(float, 0), number(float, 1e-12)
     add = parser.add_argument_group("what").add_argument
-    add("--task", required=True, choices=TASKS, help="GLUE task or snli")
+    add("--task", default="demo", choices=TASKS, help="GLUE task, snli, or the small world of "
+        "demo/, which has a model and defaults of its own: " +
+        ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
+    add("--method", choices=("movement", "magnitude"), default="movement",
+        help="what decides which weights are kept: trained scores, or the weights' size")
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
     add("--data-dir", help="folder with the task's folder; None: downloaded")
-    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY[-no-TERM...]-seedSEED")
+    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY[-no-TERM...]-seedSEED, or "
+        "runs/TASK-SPARSITY-compare")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=10, help="of pruning; the teacher has at most 3")
@@ -636,6 +668,9 @@ def add_flags(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
+    add = parser.add_argument_group("modes").add_argument
+    add("--compare", type=count, nargs="?", const=1, metavar="SEEDS",
+        help="run CAP, its ablations and plain pruning for so many seeds; one table")
 
 
 def parse(argv):
@@ -650,11 +685,15 @@ def parse(argv):
     parser.error = fail
     add_flags(parser)
     args = parser.parse_args(argv)
+    if args.task == "demo":
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
     if args.out is None:
-        args.out = Path("runs", "-".join([args.task, f"{args.sparsity:g}",
-                                          *(f"no-{name}" for name in args.without),
-                                          f"seed{args.seed}"]))
+        parts = [args.task, f"{args.sparsity:g}", args.method.replace("movement", ""),
+                 *(f"no-{name}" for name in args.without),
+                 "compare" if args.compare else f"seed{args.seed}"]
+        args.out = Path("runs", "-".join(filter(None, parts)))
     return args
 
 
@@ -735,12 +774,12 @@ def keep_freed_memory():
 
 
 def run(args):
-    """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
+    """Teacher, banks, pruning, export, evaluation of the exported folder; returns the record."""
     start, seconds = time.perf_counter(), {"teacher": 0.0}
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
         print(f"{args.out} is finished; see record.json there")
-        return
+        return json.loads((args.out / "record.json").read_text(encoding="utf-8"))
     source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
@@ -770,10 +809,10 @@ def run(args):
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
-    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
-                 seconds, device)
-    print(f"pruned, dev: {show_scores(pruned)}; {100 * sparsity['total']:.2f} % of the encoder's "
-          f"weights are 0; {timedelta(seconds=int(seconds['total']))}; see {args.out}")
+    record = write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned,
+                                                 "sparsity": sparsity}, seconds, device)
+    print_summary(args, record, model)
+    return record
 
 
 def timed(function, *arguments):
@@ -782,11 +821,53 @@ def timed(function, *arguments):
     return function(*arguments), time.perf_counter() - start
 
 
+COMPARED = {  # run: (method, terms left out)
+    "magnitude": ("magnitude", ["fic", "kd", "prc", "snc"]),
+    "movement": ("movement", ["fic", "kd", "prc", "snc"]),
+    "movement-kd": ("movement", ["fic", "prc", "snc"]),
+    "cap": ("movement", []),
+    "cap-no-prc": ("movement", ["prc"]),
+    "cap-no-snc": ("movement", ["snc"]),
+    "cap-no-fic": ("movement", ["fic"]),
+}
+
+
+def compare(args):
+    """Every run of COMPARED with args.compare seeds, on equal data and budget, and of each seed
+    with one teacher; their mean scores are printed and written to compare.md in the run folder."""
+    scores = {"dense": []}
+    for seed in range(args.seed, args.seed + args.compare):
+        teacher = args.teacher
+        for name, (method, without) in COMPARED.items():
+            print(f"\n{name}, seed {seed}")
+            options = {"compare": None, "seed": seed, "teacher": teacher, "method": method,
+                       "without": without, "out": args.out / f"{name}-seed{seed}"}
+            record = run(argparse.Namespace(**vars(args) | options))
+            scores.setdefault(name, []).append(record["pruned"])
+            teacher = teacher or str(options["out"] / "teacher")
+        scores["dense"].append(record["dense"])
+    metrics = list(record["dense"])
+    lines = [f"| {args.task}, {args.sparsity:.0%} pruned, {args.compare} seeds | "
+             f"{' | '.join(metrics)} |", "|---" * (1 + len(metrics)) + "|"]
+    for name, runs in scores.items():
+        cells = (spread([100 * scores[metric] for scores in runs]) for metric in metrics)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    (args.out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("", *lines, f"see {args.out}", sep="\n")
+
+
+def spread(values):
+    """Mean, with the standard deviation where there are several values."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     keep_freed_memory()
     try:
-        run(parse(argv))
+        args = parse(argv)
+        compare(args) if args.compare else run(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", (str(error) or "out of memory").split("\n")[0], file=sys.stderr)
         return 2

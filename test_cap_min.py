@@ -329,11 +329,12 @@ def test_mask_is_the_head_of_a_stable_sort(size, density):
             assert torch.equal(topk_mask(scores.to(device), density).cpu(), wanted)
 
 
-def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export():
+@pytest.mark.parametrize("score_init", ["zero", None])
+def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export(score_init):
     """Adam's momentum revives a pruned weight (its gradient is 0, its step is not); the export
-    is W * M all the same."""
+    is W * M all the same. So it is without scores, where |W| decides."""
     torch.manual_seed(0)
-    model = add_masks(BertClassifier(TINY), "zero")
+    model = add_masks(BertClassifier(TINY), score_init)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     for density in (1.0, 0.1, 0.1):
         set_masks(model, density)
@@ -349,6 +350,16 @@ def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export():
         assert type(layer) is nn.Linear
         assert int((layer.weight != 0).sum()) == round(0.1 * layer.weight.numel())
     assert torch.equal(model(*batch)[0], masked)
+
+
+def test_magnitude_pruning_keeps_the_largest_weights():
+    """Without scores a quarter of |W| is kept, none of it smaller than what is pruned."""
+    model = add_masks(BertClassifier(TINY), None)
+    set_masks(model, 0.25)
+    for layer in encoder_linears(model).values():
+        size = layer.weight.detach().abs()
+        assert layer.scores is None and int(layer.mask.sum()) == size.numel() // 4
+        assert size[layer.mask].min() >= size[~layer.mask].max()
 
 
 # -------------------------------------------------------------------- snapshot banks
@@ -718,6 +729,31 @@ def test_run_is_reproducible_and_finished_only_once(finished, pretrained, glue, 
     assert main(command(pretrained, glue, finished, "--lr", "2e-3")) == 2
     assert "lr differ" in capsys.readouterr().err
     assert (finished / "record.json").stat().st_mtime_ns == before
+
+
+def test_compare_runs_everything_on_equal_terms(pretrained, glue, tmp_path, capsys):
+    """Two seeds of 7 runs: within a seed all have the same rows and dense scores, and but
+    for method and terms the same options; of scores 0.25 and 0.75 the mean is 50.0, the standard
+    deviation sqrt(2 * 25^2). Run again, nothing is done but the table."""
+    options = command(pretrained, glue, tmp_path, "--compare", "2", "--max-train", "88")
+    assert main(options) == 0
+    table = (tmp_path / "compare.md").read_text()
+    assert len(table.splitlines()) == 2 + len(cap_min.COMPARED) + 1
+    found = {}
+    for name, (method, without) in cap_min.COMPARED.items():
+        for seed in (0, 1):
+            record = json.loads((tmp_path / f"{name}-seed{seed}" / "record.json").read_text())
+            config = record["config"]
+            assert (config.pop("method"), config.pop("without")) == (method, without)
+            config.pop("teacher")
+            same = config, record["train_sha256"], record["dense"]
+            assert same == found.setdefault(seed, same) and config["seed"] == seed
+            assert record["sparsity"]["total"] == pytest.approx(0.9, abs=0.01)
+    assert cap_min.spread([25.0, 75.0]) == "50.0 ± 35.4" and cap_min.spread([25.0]) == "25.0"
+    capsys.readouterr()
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    assert table in out and "step" not in out
 
 
 def test_regression_and_pairs(pretrained, tmp_path):

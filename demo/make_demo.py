@@ -1,0 +1,267 @@
+"""Make the demo: a small world in controlled English, a BERT pre-trained on a corpus about it, and
+a three-way inference task that asks for what only the corpus tells. All follows from a seed.
+
+Run:   python demo/make_demo.py             writes demo/*.tsv and, in 15 minutes, demo/model/
+       python demo/make_demo.py --corpus    prints the corpus instead, a passage a line
+
+The world has animals, each with a name, a kind and its class, a colour, a home, a food and, as
+every animal of its kind, a prey. The corpus states these facts again and again. The task never
+does: it says what an animal is doing ("besa sleeps by the river .") and asks what follows from it
+("a red animal sleeps by the river ."), which is for those to tell who know that besa is red. Two
+thirds of the animals occur in train.tsv and dev.tsv. The others occur in dev_unseen.tsv alone: what
+is asked there, fine-tuning never told."""
+
+import argparse
+import itertools
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from bert_min import BertClassifier, BertConfig, save_safetensors  # noqa: E402
+from cap_min import autocast, choose_device, inputs, keep_freed_memory, linear_lr, move  # noqa: E402
+from cap_min import parse  # noqa: E402
+from data_glue import Example, WordPiece, batches, encode_task, save_tokenizer  # noqa: E402
+
+# ----------------------------------------------------------------------------- world
+
+ANIMALS, SEEN = 96, 64  # in the world; in the fine-tuning data
+KIND_CLASS = {"heron": "bird", "owl": "bird", "trout": "fish", "pike": "fish",
+              "wolf": "mammal", "hare": "mammal", "moth": "insect", "beetle": "insect"}
+KINDS = list(KIND_CLASS)
+PREY = dict(zip(KINDS, KINDS[3:] + KINDS[:3]))  # what a kind hunts
+VALUES = {"kind": KINDS, "class": sorted(set(KIND_CLASS.values())), "prey": KINDS,
+          "colour": "red blue green white black grey".split(),
+          "home": "mill castle orchard harbour valley quarry".split(),
+          "food": "seeds worms berries moss crumbs honey".split()}
+ACTIONS = "sleeps sings waits plays hides rests swims digs".split()
+PLACES = "river bridge tree road rock well gate hill".split()
+
+
+def make_world(seed=0):
+    """{name of an animal: {"kind", "class", "prey", "colour", "home", "food"}}; the first SEEN of
+    them are those of the fine-tuning data."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    names = ["".join(pair) for pair in itertools.permutations(syllables, 2)]
+    world = {}
+    for name in rng.sample(names, ANIMALS):
+        kind = rng.choice(KINDS)
+        world[name] = {"kind": kind, "class": KIND_CLASS[kind], "prey": PREY[kind],
+                       **{fact: rng.choice(VALUES[fact]) for fact in ("colour", "home", "food")}}
+    return world
+
+
+def article(words):
+    return "an" if words[0] in "aeiou" else "a"
+
+
+def predicate(fact, value):
+    """What is said of an animal with this fact: "is red", "eats seeds"."""
+    return {"kind": f"is {article(value)} {value}", "class": f"is {article(value)} {value}",
+            "colour": f"is {value}", "home": f"lives in the {value}", "food": f"eats {value}",
+            "prey": f"hunts the {value}"}[fact]
+
+
+def description(fact, value):
+    """A noun phrase without article that only an animal with this fact fits: "red animal"."""
+    return {"kind": value, "class": value, "colour": f"{value} animal",
+            "home": f"animal from the {value}", "food": f"animal that eats {value}",
+            "prey": f"animal that hunts the {value}"}[fact]
+
+
+def situation(rng):
+    return f"{rng.choice(ACTIONS)} by the {rng.choice(PLACES)}"
+
+
+# ---------------------------------------------------------------------------- corpus
+
+
+def portrait(facts, rng):
+    """A noun phrase of several facts: "red bird from the mill that hunts the moth"."""
+    words = [rng.choice([facts["kind"], facts["class"], "animal"])]
+    if rng.random() < 0.5:
+        words.insert(0, facts["colour"])
+    if rng.random() < 0.4:
+        words.append(f"from the {facts['home']}")
+    if rng.random() < 0.5:
+        habit = rng.choice(["food", "food", "prey"])
+        words.append(f"that {predicate(habit, facts[habit])}")
+    return " ".join(words)
+
+
+def one_fact(facts, rng):
+    fact = rng.choice(list(facts))
+    return predicate(fact, facts[fact])
+
+
+def passage(first, second, rng):
+    """Two sentences, the first about the animal `first` = (name, facts), by its name; the second
+    about `second`, by "it" or by what it is. In the corpus both are the same animal."""
+    (name, facts), (_, others) = first, second
+    one, two = portrait(facts, rng), portrait(others, rng)
+    [start] = rng.choices([f"{name} is {article(one)} {one}", f"{name} {one_fact(facts, rng)}",
+                           f"{name} the {one} {situation(rng)}", f"{name} {situation(rng)}"],
+                          [4, 2, 1, 3])
+    some = rng.choice([article(two), "no", "the"])
+    [end] = rng.choices([f"it is {article(two)} {two}", f"it {one_fact(others, rng)}",
+                         f"the {two} {one_fact(others, rng)}", f"{some} {two} {situation(rng)}"],
+                        [4, 2, 2, 2])
+    return f"{start} .", f"{end} ."
+
+
+def make_corpus(world, count, seed, strangers=0.0):
+    """`count` passages as Examples; the label is 1 where the second sentence is about any animal
+    at random, as happens to the share `strangers` of them, and 0 where it follows the first."""
+    rng, animals = random.Random(f"corpus {seed}"), list(world.items())
+    corpus = []
+    for _ in range(count):
+        first = second = rng.choice(animals)
+        label = int(rng.random() < strangers)
+        if label:
+            second = rng.choice(animals)
+        corpus.append(Example(*passage(first, second, rng), label))
+    return corpus
+
+
+# ------------------------------------------------------------------------------ task
+
+
+def question(world, names, rng):
+    """(premise, hypothesis, label) about one of the animals `names`."""
+    name, fact = rng.choice(names), rng.choice(list(VALUES))
+    doing = asked = situation(rng)
+    value = world[name][fact]
+    label = rng.choice(["entailment", "neutral", "contradiction"])
+    negated = label == "contradiction"
+    if label == "neutral":  # about some other animal, or about something else that is done
+        negated = rng.random() < 0.5
+        if rng.random() < 0.8:
+            value = rng.choice([other for other in VALUES[fact] if other != value])
+        while value == world[name][fact] and asked == doing:
+            asked = situation(rng)
+    words = description(fact, value)
+    return (f"{name} {doing} .", f"{'no' if negated else article(words)} {words} {asked} .", label)
+
+
+def make_task(world, rows, seed=0):
+    """{split: rows of (premise, hypothesis, label)}, no row twice. rows: {split: how many}."""
+    names, found = list(world), {}
+    taken = set()
+    for split, count in rows.items():
+        rng = random.Random(f"{split} {seed}")
+        group = names[SEEN:] if split == "dev_unseen" else names[:SEEN]
+        found[split] = []
+        while len(found[split]) < count:
+            row = question(world, group, rng)
+            if row not in taken:
+                taken.add(row)
+                found[split].append(row)
+    return found
+
+
+# ---------------------------------------------------------------------- pre-training
+
+
+def make_vocabulary(corpus):
+    """Special tokens, then every word of the corpus."""
+    words = {word for passage in corpus for text in passage[:2] for word in text.split()}
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
+
+
+def hide(input_ids, mask_id, size, share):
+    """BERT's corruption of `share` of the words: of these 80 % become [MASK], 10 % any word, 10 %
+    stay. Returns (corrupted ids, which positions are to be predicted)."""
+    hidden = (torch.rand(input_ids.shape) < share) & (input_ids > mask_id)
+    fate = torch.rand(input_ids.shape)
+    anything = torch.randint_like(input_ids, mask_id + 1, size)
+    corrupted = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, anything, input_ids))
+    return torch.where(hidden, corrupted, input_ids), hidden
+
+
+def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, batch_size=128):
+    """Masked-language modelling, and BERT's next-sentence task, which trains the pooler, on each
+    (corpus, epochs) of `data` in turn. Dropout is off: the model is small, the corpus is not."""
+    width, size = model.config.hidden_size, model.config.vocab_size
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)).to(device)
+    bias = nn.Parameter(torch.zeros(size, device=device))
+    parameters = [*model.parameters(), *head.parameters(), bias]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
+    plan = [(corpus, epoch) for corpus, count in zip(data, epochs) for epoch in range(count)]
+    total = sum(-(-len(corpus) // batch_size) for corpus, _ in plan)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: linear_lr(step, total, total // 10))
+    start, step = time.perf_counter(), 0
+    model.eval()
+    for corpus, epoch in plan:
+        for batch in batches(corpus, batch_size, 0, epoch):
+            ids, hidden = hide(batch["input_ids"], mask_id, size, share)
+            hidden &= (batch["labels"] == 0)[:, None]  # only what fits together teaches facts
+            wanted = batch["input_ids"][hidden].to(device)
+            batch, hidden = move({**batch, "input_ids": ids}, device), hidden.to(device)
+            with autocast(device, dtype):
+                tokens, pooled = model.bert(*inputs(batch))
+                words = head(tokens[hidden]) @ model.bert.embeddings.word_embeddings.weight.T
+                follows = model.classifier(pooled)
+            losses = (F.cross_entropy(words.float() + bias, wanted),
+                      F.cross_entropy(follows.float(), batch["labels"]))
+            sum(losses).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step % 100 == 0:
+                right = (follows.argmax(1) == batch["labels"]).float().mean().item()
+                left = (time.perf_counter() - start) / step * (total - step)
+                print(f"step {step}/{total} | words {losses[0].item():.2f} | next sentence "
+                      f"{losses[1].item():.2f}, {right:.0%} right | {left:.0f} s left", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--corpus", action="store_true", help="print the corpus")
+    parser.add_argument("--data", action="store_true", help="write the task, leave the model")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args()
+    world = make_world()
+    corpora = [make_corpus(world, 50_000, 0), make_corpus(world, 50_000, 1, strangers=0.5)]
+    if options.corpus:
+        for first, second, _ in corpora[0]:
+            print(first, second)
+        return
+    for split, rows in make_task(world, {"train": 9600, "dev": 1200, "dev_unseen": 1200}).items():
+        lines = ["premise\thypothesis\tlabel", *("\t".join(row) for row in rows)]
+        (options.out / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.data:
+        return
+
+    keep_freed_memory()
+    folder, vocabulary = options.out / "model", make_vocabulary(corpora[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    tokenizer = WordPiece(folder / "vocab.txt")
+    args = parse([])
+    device = choose_device(args)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=144, num_hidden_layers=4,
+                        num_attention_heads=4, intermediate_size=576, max_position_embeddings=48,
+                        initializer_range=0.06)
+    model = BertClassifier(config).to(device)
+    data = [encode_task(corpus, tokenizer, config.max_position_embeddings) for corpus in corpora]
+    pretrain(model, data, (4, 9), device, args.compute_dtype)
+    save_tokenizer(tokenizer, folder, config.max_position_embeddings)
+    config.to_json(folder / "config.json")
+    save_safetensors({name: tensor.half() for name, tensor in model.state_dict().items()
+                      if not name.startswith("classifier.")}, folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    main()
