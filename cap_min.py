@@ -2,8 +2,8 @@
 encoder weights, and let contrastive terms against its own ancestors keep what they knew.
 
 Paper:  Xu et al., "From Dense to Sparse: Contrastive Pruning for Better Pre-trained Language Model
-        Compression" (arXiv 2112.07198, AAAI 2022). The criterion is movement pruning (Sanh et
-        al., arXiv 2005.07683) with an exact top-k in each matrix.
+        Compression" (arXiv 2112.07198, AAAI 2022). The criterion is movement (Sanh et al., arXiv
+        2005.07683) or magnitude, with an exact top-k in each matrix.
 Run:    python cap_min.py                                   the demo, in 3 minutes on a laptop
         python cap_min.py --task mnli --sparsity 0.97       the published recipe
 
@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bert_min import from_pretrained, model_folder, save_pretrained
+from bert_min import from_pretrained, load_safetensors, model_folder, save_pretrained
 from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
 
 HERE = Path(__file__).resolve().parent
@@ -593,21 +593,20 @@ def draw_curve(folder, dense):
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
-def print_summary(args, record, model):
-    """The end of a run: the scores of both models, how many weights they have, what to do next."""
-    notes = {"accuracy": "(known from fine-tuning)",
-             "accuracy_unseen": "(known from pre-training alone)"} if args.task == "demo" else {}
-    weights = torch.cat([layer.weight.flatten() for layer in encoder_linears(model).values()])
-    size = (args.out / "model" / "model.safetensors").stat().st_size
+def print_summary(args, record):
+    """The end of a run: the scores of both models, how many weights they have, where it lies."""
+    notes = {"accuracy": "(animals seen in fine-tuning)",
+             "accuracy_unseen": "(animals known only from pre-training)"}
+    path = args.out / "model" / "model.safetensors"
+    weights = torch.cat([tensor.flatten() for name, tensor in load_safetensors(path).items()
+                         if name in record["sparsity"]["matrices"]])
     print("\n     dense    pruned")
     for name, pruned in record["pruned"].items():
         print(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}",
-              notes.get(name, ""))
-    print(f"{weights.numel():10,}{int(weights.count_nonzero()):10,}  weights in the encoder\n"
-          f"pruned model, for transformers too: {args.out / 'model'}, {size / 1e6:.1f} MB; "
-          f"took {timedelta(seconds=int(record['seconds']['total']))}")
-    if args.task == "demo":
-        print("next: python cap_min.py --compare")
+              notes.get(name, "") if args.task == "demo" else "")
+    print(f"{len(weights):10,}{int(weights.count_nonzero()):10,}  weights in the encoder\n"
+          f"pruned model, for transformers too: {path.parent}, {path.stat().st_size / 1e6:.1f} MB "
+          f"with its zeros; took {timedelta(seconds=int(record['seconds']['total']))}")
 
 
 # ---------------------------------------------------------------------- command line
@@ -640,9 +639,9 @@ def add_flags(parser):
         help="what decides which weights are kept: trained scores, or the weights' size")
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
-    add("--data-dir", help="folder with the task's folder; None: downloaded")
-    add("--out", type=Path, help="run folder; None: runs/TASK-SPARSITY[-no-TERM...]-seedSEED, or "
-        "runs/TASK-SPARSITY-compare")
+    add("--data-dir", help="folder with the task's folder; None: downloaded (the demo has its own)")
+    add("--out", type=Path, help="run folder; None: "
+        "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED or runs/TASK-SPARSITY-compare")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=10, help="of pruning; the teacher has at most 3")
@@ -670,7 +669,7 @@ def add_flags(parser):
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
     add = parser.add_argument_group("modes").add_argument
     add("--compare", type=count, nargs="?", const=1, metavar="SEEDS",
-        help="run CAP, its ablations and plain pruning for so many seeds; one table")
+        help="instead of one run: CAP, CAP without a term, and plain pruning, for so many seeds")
 
 
 def parse(argv):
@@ -778,8 +777,10 @@ def run(args):
     start, seconds = time.perf_counter(), {"teacher": 0.0}
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
-        print(f"{args.out} is finished; see record.json there")
-        return json.loads((args.out / "record.json").read_text(encoding="utf-8"))
+        record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
+        print(f"{args.out} is finished:")
+        print_summary(args, record)
+        return record
     source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
@@ -789,7 +790,8 @@ def run(args):
     check_schedule(args, len(data))
     log = start_log(args.out, config)  # the input is sound: now something may be written
     print(f"{args.task}: {len(data)} examples, {args.epochs} epochs on {device}, "
-          f"{args.compute_dtype}, scores from {args.score_init}, run folder {args.out}", flush=True)
+          f"{args.compute_dtype}, {args.method}, scores from {args.score_init}, run folder "
+          f"{args.out}", flush=True)
 
     if teacher is None:
         folder = args.out / "teacher"
@@ -811,7 +813,7 @@ def run(args):
     draw_curve(args.out, dense)
     record = write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned,
                                                  "sparsity": sparsity}, seconds, device)
-    print_summary(args, record, model)
+    print_summary(args, record)
     return record
 
 
@@ -834,7 +836,10 @@ COMPARED = {  # run: (method, terms left out)
 
 def compare(args):
     """Every run of COMPARED with args.compare seeds, on equal data and budget, and of each seed
-    with one teacher; their mean scores are printed and written to compare.md in the run folder."""
+    with one teacher, which is the row "dense"; ValueError if --method or --without is given. The
+    mean scores are printed and written to compare.md in the run folder."""
+    if args.without or args.method != "movement":
+        raise ValueError("--compare sets --method and --without itself")
     scores = {"dense": []}
     for seed in range(args.seed, args.seed + args.compare):
         teacher = args.teacher
@@ -847,10 +852,10 @@ def compare(args):
             teacher = teacher or str(options["out"] / "teacher")
         scores["dense"].append(record["dense"])
     metrics = list(record["dense"])
-    lines = [f"| {args.task}, {args.sparsity:.0%} pruned, {args.compare} seeds | "
+    lines = [f"| {args.task}, {100 * args.sparsity:g} % pruned, seeds: {args.compare} | "
              f"{' | '.join(metrics)} |", "|---" * (1 + len(metrics)) + "|"]
     for name, runs in scores.items():
-        cells = (spread([100 * scores[metric] for scores in runs]) for metric in metrics)
+        cells = (spread([100 * found[metric] for found in runs]) for metric in metrics)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     (args.out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("", *lines, f"see {args.out}", sep="\n")
@@ -867,7 +872,12 @@ def main(argv=None):
     keep_freed_memory()
     try:
         args = parse(argv)
-        compare(args) if args.compare else run(args)
+        if args.compare:
+            compare(args)
+        else:
+            run(args)
+            if args.task == "demo":
+                print("next: python cap_min.py --compare    (7 such runs, one table)")
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", (str(error) or "out of memory").split("\n")[0], file=sys.stderr)
         return 2

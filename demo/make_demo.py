@@ -1,15 +1,16 @@
 """Make the demo: a small world in controlled English, a BERT pre-trained on a corpus about it, and
 a three-way inference task that asks for what only the corpus tells. All follows from a seed.
 
-Run:   python demo/make_demo.py             writes demo/*.tsv and, in 15 minutes, demo/model/
-       python demo/make_demo.py --corpus    prints the corpus instead, a passage a line
+Run:   python demo/make_demo.py             writes demo/*.tsv and, in 10 minutes, demo/model/
+       python demo/make_demo.py --data      writes demo/*.tsv alone
+       python demo/make_demo.py --corpus    prints the two corpora instead, a passage a line
 
 The world has animals, each with a name, a kind and its class, a colour, a home, a food and, as
-every animal of its kind, a prey. The corpus states these facts again and again. The task never
-does: it says what an animal is doing ("besa sleeps by the river .") and asks what follows from it
-("a red animal sleeps by the river ."), which is for those to tell who know that besa is red. Two
-thirds of the animals occur in train.tsv and dev.tsv. The others occur in dev_unseen.tsv alone: what
-is asked there, fine-tuning never told."""
+every animal of its kind, a prey. The corpus states these facts again and again. The task says what
+an animal is doing ("riku sleeps by the river .") and asks what follows from it ("a white animal
+sleeps by the river ."), which is for those to tell who know that riku is white. Two thirds of the
+animals occur in train.tsv and dev.tsv, whose labels give their facts away as well. The others occur
+in dev_unseen.tsv alone: what is asked there, fine-tuning never told."""
 
 import argparse
 import itertools
@@ -25,10 +26,9 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, save_safetensors  # noqa: E402
-from cap_min import autocast, choose_device, inputs, keep_freed_memory, linear_lr, move  # noqa: E402
-from cap_min import parse  # noqa: E402
-from data_glue import Example, WordPiece, batches, encode_task, save_tokenizer  # noqa: E402
+from data_glue import TASKS, Example, WordPiece, batches, encode_task, save_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------- world
 
@@ -167,6 +167,26 @@ def make_task(world, rows, seed=0):
     return found
 
 
+def right_without_facts(examples):
+    """Share of examples that are labelled rightly by one who knows no animal: neutral where the
+    hypothesis has another situation than the premise, else contradiction where it denies."""
+    def guess(premise, hypothesis):
+        if premise.split()[1:] != hypothesis.split()[-5:]:
+            return "neutral"
+        return "contradiction" if hypothesis.startswith("no ") else "entailment"
+
+    words = TASKS["demo"].words
+    hits = [guess(premise, hypothesis) == words[label] for premise, hypothesis, label in examples]
+    return sum(hits) / len(hits)
+
+
+def write_task(world, folder):
+    """train.tsv, dev.tsv and dev_unseen.tsv, as `data_glue.load("demo", ...)` reads them."""
+    for split, rows in make_task(world, {"train": 9600, "dev": 1200, "dev_unseen": 1200}).items():
+        lines = ["premise\thypothesis\tlabel", *("\t".join(row) for row in rows)]
+        (folder / f"{split}.tsv").write_bytes(("\n".join(lines) + "\n").encode())
+
+
 # ---------------------------------------------------------------------- pre-training
 
 
@@ -188,7 +208,8 @@ def hide(input_ids, mask_id, size, share):
 
 def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, batch_size=128):
     """Masked-language modelling, and BERT's next-sentence task, which trains the pooler, on each
-    (corpus, epochs) of `data` in turn. Dropout is off: the model is small, the corpus is not."""
+    (corpus, epochs) of `data` in turn. Dropout is off: the model is small, the corpus is not.
+    Returns guess(hidden (M, D)) -> (M, vocabulary), the logits of the words."""
     width, size = model.config.hidden_size, model.config.vocab_size
     head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)).to(device)
     bias = nn.Parameter(torch.zeros(size, device=device))
@@ -197,20 +218,23 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
     plan = [(corpus, epoch) for corpus, count in zip(data, epochs) for epoch in range(count)]
     total = sum(-(-len(corpus) // batch_size) for corpus, _ in plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_lr(step, total, total // 10))
+        optimizer, lambda step: cap_min.linear_lr(step, total, total // 10))
     start, step = time.perf_counter(), 0
+
+    def guess(hidden):
+        return (head(hidden) @ model.bert.embeddings.word_embeddings.weight.T).float() + bias
+
     model.eval()
     for corpus, epoch in plan:
         for batch in batches(corpus, batch_size, 0, epoch):
             ids, hidden = hide(batch["input_ids"], mask_id, size, share)
             hidden &= (batch["labels"] == 0)[:, None]  # only what fits together teaches facts
             wanted = batch["input_ids"][hidden].to(device)
-            batch, hidden = move({**batch, "input_ids": ids}, device), hidden.to(device)
-            with autocast(device, dtype):
-                tokens, pooled = model.bert(*inputs(batch))
-                words = head(tokens[hidden]) @ model.bert.embeddings.word_embeddings.weight.T
-                follows = model.classifier(pooled)
-            losses = (F.cross_entropy(words.float() + bias, wanted),
+            batch, hidden = cap_min.move({**batch, "input_ids": ids}, device), hidden.to(device)
+            with cap_min.autocast(device, dtype):
+                tokens, pooled = model.bert(*cap_min.inputs(batch))
+                words, follows = guess(tokens[hidden]), model.classifier(pooled)
+            losses = (F.cross_entropy(words, wanted),
                       F.cross_entropy(follows.float(), batch["labels"]))
             sum(losses).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -223,33 +247,32 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
                 left = (time.perf_counter() - start) / step * (total - step)
                 print(f"step {step}/{total} | words {losses[0].item():.2f} | next sentence "
                       f"{losses[1].item():.2f}, {right:.0%} right | {left:.0f} s left", flush=True)
+    return guess
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", action="store_true", help="print the corpus")
+    parser.add_argument("--corpus", action="store_true", help="print the corpora")
     parser.add_argument("--data", action="store_true", help="write the task, leave the model")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     options = parser.parse_args()
     world = make_world()
     corpora = [make_corpus(world, 50_000, 0), make_corpus(world, 50_000, 1, strangers=0.5)]
     if options.corpus:
-        for first, second, _ in corpora[0]:
-            print(first, second)
+        for first, second, stranger in itertools.chain(*corpora):
+            print(first, second, "(a stranger)" if stranger else "")
         return
-    for split, rows in make_task(world, {"train": 9600, "dev": 1200, "dev_unseen": 1200}).items():
-        lines = ["premise\thypothesis\tlabel", *("\t".join(row) for row in rows)]
-        (options.out / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_task(world, options.out)
     if options.data:
         return
 
-    keep_freed_memory()
+    cap_min.keep_freed_memory()
     folder, vocabulary = options.out / "model", make_vocabulary(corpora[0])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     tokenizer = WordPiece(folder / "vocab.txt")
-    args = parse([])
-    device = choose_device(args)
+    args = cap_min.parse([])
+    device = cap_min.choose_device(args)
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=144, num_hidden_layers=4,
                         num_attention_heads=4, intermediate_size=576, max_position_embeddings=48,

@@ -1,31 +1,43 @@
 """Write the tables of README.md from the records in this folder, the code and the tests.
 
-Run:  python results/report.py          rewrites README.md in place
+Run:  python results/report.py             rewrites README.md in place
+      python results/report.py --picture   draws demo.svg too (needs matplotlib)
 A record is the record.json of a run, named TASK-METHOD-seedN.json; its log.jsonl lies beside it
-as TASK-METHOD-seedN.jsonl. Text between `<!-- name -->` and `<!-- end -->` in README.md is made
-here."""
+as TASK-METHOD-seedN.jsonl. Those of `cap_min.py --compare 5` are in demo/, as METHOD-seedN.json.
+Text between `<!-- name -->` and `<!-- end -->` in README.md is made here."""
 
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+from cap_min import spread  # noqa: E402
+from data_glue import load  # noqa: E402
+from make_demo import right_without_facts  # noqa: E402
+
 EQUATIONS = {1: "masked weight, exact top-k", 2: "straight-through gradient",
              3: "cubic schedule", 4: "candidates of an anchor", 5: "log-probability of a candidate",
              6: "positives", 7: "mean over positives, two norms", 8: "total loss"}
-METHODS = {"dense": "dense teacher", "movement-kd": "movement + KD", "cap": "CAP"}
+METHODS = {"dense": "dense (the teacher)", "magnitude": "magnitude", "movement": "movement",
+           "movement-kd": "movement + KD", "cap": "CAP", "cap-no-prc": "CAP without PrC",
+           "cap-no-snc": "CAP without SnC", "cap-no-fic": "CAP without FiC"}
 
 
-def records():
+def records(paths=None):
     """{task: {method: {seed: record}}}. AssertionError unless the runs of a task differ in method
     alone: the same options, training rows, source and dense scores."""
     found = {}
-    for path in sorted(HERE.glob("*-seed*.json")):
-        task, method, seed = re.fullmatch(r"(\w+?)-(.+)-seed(\d+)", path.stem).groups()
+    for path in sorted(paths or HERE.glob("*-seed*.json")):
+        method, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
         record = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(task, {}).setdefault(method, {})[int(seed)] = record
+        task = record["config"]["task"]
+        methods = found.setdefault(task, {})
+        methods.setdefault(method.removeprefix(f"{task}-"), {})[int(seed)] = record
     for task, methods in found.items():
         for runs in methods.values():
             assert all(same(run) == same(methods["cap"][seed]) for seed, run in runs.items()), task
@@ -36,18 +48,12 @@ def records():
 def same(record):
     """What two runs that are compared must share."""
     config = {key: value for key, value in record["config"].items()
-              if key not in ("without", "teacher")}
+              if key not in ("without", "teacher", "method")}
     return config, record["train_sha256"], record["source_sha256"], record["dense"]
 
 
-def spread(values):
-    """Mean in percent, with the standard deviation where there are several seeds."""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
 def scores(runs, which):
-    return ", ".join(f"{name} {spread([run[which][name] for run in runs])}"
+    return ", ".join(f"{name} {spread([100 * run[which][name] for run in runs])}"
                      for name in runs[0][which])
 
 
@@ -57,6 +63,8 @@ def results_table():
             "|---|---|---|---|---|---|"]
     for task, methods in records().items():
         for method, name in METHODS.items():
+            if method not in ("dense", *methods):
+                continue
             runs = list(methods["cap" if method == "dense" else method].values())
             first, config = runs[0], runs[0]["config"]
             which = "dense" if method == "dense" else "pruned"
@@ -81,6 +89,61 @@ def epochs_table():
                           for name in shares[-1])
         rows.append(f"| {path.stem} | {dev} | {means} |")
     return "\n".join(rows)
+
+
+def demo_scores():
+    """{run: {metric: [percent of each seed]}} of the demo's comparison, dense first."""
+    methods = records(HERE.glob("demo/*-seed*.json"))["demo"]
+    found = {}
+    for method in METHODS:
+        runs = methods["cap" if method == "dense" else method]
+        which = "dense" if method == "dense" else "pruned"
+        found[method] = {metric: [100 * runs[seed][which][metric] for seed in sorted(runs)]
+                         for metric in ("accuracy", "accuracy_unseen")}
+    return found
+
+
+def demo_table():
+    """One row for each run: mean and standard deviation over the seeds, and what CAP has more."""
+    found = demo_scores()
+    ours = found["cap"]
+    rows = [f"| {len(ours['accuracy'])} seeds | animals seen in fine-tuning | known only from "
+            "pre-training | CAP minus this: seen | only pre-training |", "|---|---|---|---|---|"]
+    for method, scores in found.items():
+        cells = [spread(values) for values in scores.values()]
+        cells += ["", ""] if method == "cap" else [
+            spread([mine - other for mine, other in zip(ours[metric], values)])
+            for metric, values in scores.items()]
+        rows.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
+    floor = [f"{100 * right_without_facts(load('demo', split)):.1f}"
+             for split in ("dev", "dev_unseen")]
+    return "\n".join([*rows, f"| a rule that knows no animal | {' | '.join(floor)} | | |"])
+
+
+def draw_demo():
+    """results/demo.svg: a dot for each seed, a line at the mean."""
+    import matplotlib
+    matplotlib.rcParams["svg.hashsalt"] = "demo"
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(8, 3.6))
+    found = demo_scores()
+    styles = {"accuracy": (-0.17, "#7f7f7f", "animals seen in fine-tuning"),
+              "accuracy_unseen": (0.17, "#1f77b4", "animals known only from pre-training")}
+    for metric, (shift, color, label) in styles.items():
+        for place, scores in enumerate(found.values()):
+            values = scores[metric]
+            axis.plot([place + shift] * len(values), values, "o", color=color, alpha=0.5,
+                      label=label if place == 0 else None)
+            axis.hlines(statistics.mean(values), place + shift - 0.14, place + shift + 0.14, color)
+    axis.axhline(100 * right_without_facts(load("demo", "dev_unseen")), color="#7f7f7f", ls=":",
+                 label="a rule that knows no animal")
+    axis.set_xticks(range(len(found)), [METHODS[name].replace(" without ", "\nwithout ").replace(
+        " (the teacher)", "").replace(" + ", "\n+ ") for name in found])
+    axis.set_ylabel("dev accuracy, %")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(HERE / "demo.svg", metadata={"Date": None})
 
 
 def throughput():
@@ -175,7 +238,7 @@ def equation_table():
 
 def render(text):
     """README's text with its tables made anew."""
-    for name, table in (("results", results_table), ("epochs", epochs_table),
+    for name, table in (("demo", demo_table), ("results", results_table), ("epochs", epochs_table),
                         ("throughput", throughput_table), ("profile", profile_table),
                         ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
@@ -184,5 +247,7 @@ def render(text):
 
 
 if __name__ == "__main__":
+    if "--picture" in sys.argv:
+        draw_demo()
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text(encoding="utf-8")), encoding="utf-8")
