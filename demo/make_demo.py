@@ -250,6 +250,21 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
     return guess
 
 
+@torch.no_grad()
+def facts_guessed(model, guess, world, tokenizer, device):
+    """Share of all facts of all animals that are guessed, among the values they might have, from
+    the sentence that states them with the value hidden: "riku is [MASK] ."."""
+    right = []
+    for name, facts in world.items():
+        for fact, value in facts.items():
+            ids, _ = tokenizer.encode(f"{name} {predicate(fact, value)} .")
+            place = ids.index(tokenizer.vocab[value])
+            ids[place] = tokenizer.vocab["[MASK]"]
+            logits = guess(model.bert(torch.tensor([ids], device=device))[0][0, place])
+            right.append(value == max(VALUES[fact], key=lambda v: logits[tokenizer.vocab[v]]))
+    return sum(right) / len(right)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", action="store_true", help="print the corpora")
@@ -279,7 +294,9 @@ def main():
                         initializer_range=0.06)
     model = BertClassifier(config).to(device)
     data = [encode_task(corpus, tokenizer, config.max_position_embeddings) for corpus in corpora]
-    pretrain(model, data, (4, 9), device, args.compute_dtype)
+    guess = pretrain(model, data, (4, 9), device, args.compute_dtype)
+    share = facts_guessed(model, guess, world, tokenizer, device)
+    print(f"facts that the model guesses: {share:.1%}")
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
     config.to_json(folder / "config.json")
     save_safetensors({name: tensor.half() for name, tensor in model.state_dict().items()
