@@ -92,8 +92,9 @@ def load(task, split, data_dir=None):
     """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm").
 
     task: a name in TASKS. data_dir: the folder that holds the task's folder; without it, the demo's
-    lies beside this file, and GLUE's own files are downloaded once into the cache. ValueError, naming file and line, for anything
-    that is not as the task says; FileNotFoundError for a file that is not there."""
+    lies beside this file, and GLUE's own are downloaded once into the cache. ValueError, naming
+    file and line, for anything that is not as the task says; FileNotFoundError for a file that is
+    not there."""
     name = TASKS[task].files[split]
     if task == "demo" and data_dir is None:
         data_dir = Path(__file__).parent
