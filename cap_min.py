@@ -569,7 +569,6 @@ def write_record(args, data, dev_sets, results, seconds, device):
     temporary = args.out / "record.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, args.out / "record.json")  # a record that is there is whole
-    return record
 
 
 def draw_curve(folder, dense):
@@ -773,14 +772,20 @@ def keep_freed_memory():
 
 
 def run(args):
-    """Teacher, banks, pruning, export, evaluation of the exported folder; returns the record."""
-    start, seconds = time.perf_counter(), {"teacher": 0.0}
+    """Make the run that `args` ask for, unless its folder holds it finished; returns its record."""
     device, config = choose_device(args), run_config(args)
     if is_finished(args.out, config):
-        record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
         print(f"{args.out} is finished:")
-        print_summary(args, record)
-        return record
+    else:
+        make_run(args, device, config)
+    record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
+    print_summary(args, record)
+    return record
+
+
+def make_run(args, device, config):
+    """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
+    start, seconds = time.perf_counter(), {"teacher": 0.0}
     source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
@@ -811,10 +816,8 @@ def run(args):
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
-    record = write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned,
-                                                 "sparsity": sparsity}, seconds, device)
-    print_summary(args, record)
-    return record
+    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
+                 seconds, device)
 
 
 def timed(function, *arguments):

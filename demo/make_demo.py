@@ -72,9 +72,9 @@ def predicate(fact, value):
 
 def description(fact, value):
     """A noun phrase without article that only an animal with this fact fits: "red animal"."""
+    habit = f"animal that {predicate(fact, value)}"
     return {"kind": value, "class": value, "colour": f"{value} animal",
-            "home": f"animal from the {value}", "food": f"animal that eats {value}",
-            "prey": f"animal that hunts the {value}"}[fact]
+            "home": f"animal from the {value}", "food": habit, "prey": habit}[fact]
 
 
 def situation(rng):
