@@ -1,5 +1,5 @@
 """BERT for sequence classification, small enough to read in one sitting: the model, and its weights
-in and out of Hugging Face's format (config.json, model.safetensors). Only torch is needed.
+in and out of Hugging Face's format (config.json, model.safetensors). Torch and numpy are needed.
 
 Paper:  Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (arXiv 1810.04805).
 Use:    from bert_min import from_pretrained, save_pretrained
@@ -13,17 +13,23 @@ Module names follow Hugging Face's, so that `state_dict()` has the names of
 `BertForSequenceClassification` and files go both ways without a translation table.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # layers without heads
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 # ---------------------------------------------------------------------------- config
 
@@ -48,6 +54,7 @@ class BertConfig:
     pad_token_id: int = 0
     num_labels: int = 2
     id2label: dict | None = None  # {0: "entailment", ...}
+    layer_sizes: list | None = None  # [[heads, neurons], ...] of each layer; None: none removed
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -61,6 +68,12 @@ class BertConfig:
             raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
+        full = [[self.num_attention_heads, self.intermediate_size]] * self.num_hidden_layers
+        if self.layer_sizes is not None and not (
+                len(self.layer_sizes) == len(full) and
+                all(type(n) is int and 0 <= n <= most for sizes, limits in
+                    zip(self.layer_sizes, full) for n, most in zip(sizes, limits, strict=True))):
+            raise ValueError(f"layer_sizes are {self.layer_sizes!r}, at most {full[0]} a layer")
 
     @classmethod
     def from_json(cls, path):
@@ -82,6 +95,8 @@ class BertConfig:
     def to_json(self, path):
         """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
         raw = dataclasses.asdict(self)
+        if self.layer_sizes is None:
+            del raw["layer_sizes"]
         count = raw.pop("num_labels")  # transformers counts id2label instead
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         raw |= {"id2label": labels, "label2id": {word: i for i, word in labels.items()},
@@ -132,16 +147,16 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(D/H)) V over H heads; padded keys get no weight."""
 
-    def __init__(self, config):
+    def __init__(self, config, heads):
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.shape = heads, config.hidden_size // config.num_attention_heads  # H, D/H
+        self.query = nn.Linear(config.hidden_size, math.prod(self.shape))
+        self.key = nn.Linear(config.hidden_size, math.prod(self.shape))
+        self.value = nn.Linear(config.hidden_size, math.prod(self.shape))
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, key_mask, queries):
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
+        q, k, v = (y.unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
                    for y in (self.query(queries), self.key(x), self.value(x)))
         if x.device.type != "cpu":
             rate = self.dropout.rate if self.training else 0.0
@@ -174,13 +189,14 @@ class ProjectAddNorm(nn.Module):
 class Layer(nn.Module):
     """Attention, then two linear maps with the exact, erf form of gelu between them."""
 
-    def __init__(self, config):
+    def __init__(self, config, heads, neurons):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config),
-                                        "output": ProjectAddNorm(config, config.hidden_size)})
-        wide = nn.Linear(config.hidden_size, config.intermediate_size)
+        attention = SelfAttention(config, heads)
+        self.attention = nn.ModuleDict({
+            "self": attention, "output": ProjectAddNorm(config, math.prod(attention.shape))})
+        wide = nn.Linear(config.hidden_size, neurons)
         self.intermediate = nn.ModuleDict({"dense": wide})
-        self.output = ProjectAddNorm(config, config.intermediate_size)
+        self.output = ProjectAddNorm(config, neurons)
 
     def forward(self, x, key_mask, queries):
         """queries: x, or those of its tokens whose output is wanted; all tokens are keys."""
@@ -195,8 +211,10 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
-        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        sizes = config.layer_sizes or [[config.num_attention_heads, config.intermediate_size]
+                                       ] * config.num_hidden_layers
+        layers = nn.ModuleList([Layer(config, heads, neurons) for heads, neurons in sizes])
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, cls_only=False):
@@ -239,6 +257,82 @@ class BertClassifier(nn.Module):
         """Arguments as for `Bert`. Returns logits (B,L) and pooled (B,D), before any dropout."""
         _, pooled = self.bert(input_ids, attention_mask, token_type_ids, cls_only=True)
         return self.classifier(self.dropout(pooled)), pooled
+
+
+# ------------------------------------------------------------------ sparse inference
+
+SPARSE_DENSITY = 0.15  # a layer with a greater share of its weights left is faster dense
+
+
+class SparseLinear(nn.Module):
+    """W x + b with W (out, in) in CSR, of one linear layer or of several, stacked. The product
+    reads rows of x (in, N), so activations are kept feature-major: a row for each feature."""
+
+    def __init__(self, *linears):
+        super().__init__()
+        csr = torch.cat([linear.weight.detach() for linear in linears]).to_sparse_csr()
+        rows, columns = csr.crow_indices().int(), csr.col_indices().int()  # as MKL wants them
+        self.weight = torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape,
+                                              check_invariants=True)
+        self.bias = torch.cat([linear.bias.detach() for linear in linears])[:, None]
+
+    def forward(self, x):
+        return torch.addmm(self.bias, self.weight, x)  # (out, N)
+
+
+class SparseLayer(nn.Module):
+    """What `Layer` computes in eval mode, with `SparseLinear`s; N = B T tokens, Q queries."""
+
+    def __init__(self, layer):
+        super().__init__()
+        attention = layer.attention["self"]
+        self.shape = attention.shape
+        self.query = SparseLinear(attention.query)
+        self.key_value = SparseLinear(attention.key, attention.value)
+        self.project = SparseLinear(layer.attention["output"].dense)
+        self.widen = SparseLinear(layer.intermediate["dense"])
+        self.narrow = SparseLinear(layer.output.dense)
+        self.norms = layer.attention["output"].LayerNorm, layer.output.LayerNorm
+
+    def forward(self, x, key_mask, queries):
+        count, length, size = queries.shape  # B, Q, D
+        residual = feature_major(queries)  # (D, B Q)
+        q = self.query(residual).view(*self.shape, count, length).permute(2, 0, 3, 1)
+        k, v = (self.key_value(feature_major(x)).view(2, *self.shape, count, x.size(1))
+                .permute(0, 3, 1, 2, 4))  # (B, H, D/H, T) each; q is (B, H, Q, D/H)
+        scores = q / math.sqrt(q.size(-1)) @ k  # (B, H, Q, T)
+        if key_mask is not None:
+            scores += torch.where(key_mask, 0.0, -torch.inf)
+        context = v @ scores.softmax(-1).transpose(-1, -2)  # (B, H, D/H, Q)
+        context = context.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (D, B Q)
+        x = norm_columns(residual + self.project(context), self.norms[0])
+        x = norm_columns(x + self.narrow(F.gelu(self.widen(x))), self.norms[1])
+        return x.view(size, count, length).permute(1, 2, 0)  # (B, Q, D), still feature-major
+
+
+def feature_major(x):
+    """(B, T, D) to (D, B T), without a copy where a `SparseLayer` made x."""
+    return x.permute(2, 0, 1).flatten(1).contiguous()
+
+
+def norm_columns(x, norm):
+    """LayerNorm of the columns of x (D, N): a batch normalisation of D examples, for which no
+    transposition is needed."""
+    x = F.batch_norm(x, None, None, training=True, eps=norm.eps)
+    return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None])
+
+
+def to_sparse(model):
+    """A copy of a pruned `BertClassifier` for inference on the CPU, with the same forward: layers
+    of which at most SPARSE_DENSITY is left compute with CSR matrices, the others stay dense."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = model.bert.encoder["layer"]
+    for i, layer in enumerate(layers):
+        weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
+        kept = sum(int(weight.count_nonzero()) for weight in weights)
+        if kept <= SPARSE_DENSITY * sum(weight.numel() for weight in weights):
+            layers[i] = SparseLayer(layer)
+    return model
 
 
 # --------------------------------------------------------------------- load and save
@@ -294,10 +388,11 @@ def from_pretrained(path_or_name, num_labels=2):
     config = BertConfig.from_json(folder / "config.json")
     if num_labels not in (None, config.num_labels):
         config = dataclasses.replace(config, num_labels=num_labels, id2label=None)
-    source, tensors = read_weights(folder)
-    current = {current_name(name): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):  # shapes alone: no memory before they are known to fit
         expected = BertClassifier(config).state_dict()
+    source, tensors = read_weights(folder)
+    tensors = unpack(tensors, expected, source)
+    current = {current_name(name): tensor for name, tensor in tensors.items()}
     fits = {name: current[name] for name, tensor in expected.items() if name in current
             and current[name].shape == tensor.shape and current[name].is_floating_point()}
     fresh = [name for name in expected if name not in fits]
@@ -315,8 +410,9 @@ def from_pretrained(path_or_name, num_labels=2):
 
 def read_weights(folder):
     """(path, {name: tensor}) of the weight file in `folder`."""
-    for name, read in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
+    for name in ("model.safetensors", COMPACT_FILE, "pytorch_model.bin"):
         if (folder / name).exists():
+            read = load_bin if name.endswith(".bin") else load_safetensors
             return folder / name, read(folder / name)
     raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
 
@@ -328,12 +424,46 @@ def current_name(name):
     return "bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def save_pretrained(model, path):
+def save_pretrained(model, path, compact=False):
     """Write config.json and model.safetensors that transformers'
-    `BertForSequenceClassification.from_pretrained(path)` loads unchanged."""
+    `BertForSequenceClassification.from_pretrained(path)` loads unchanged. compact: encoder
+    matrices as `pack` makes them, in a file that `from_pretrained` here reads alone."""
     Path(path).mkdir(parents=True, exist_ok=True)
     model.config.to_json(Path(path) / "config.json")
-    save_safetensors(model.state_dict(), Path(path) / "model.safetensors")
+    tensors = pack(model.state_dict()) if compact else model.state_dict()
+    save_safetensors(tensors, Path(path) / (COMPACT_FILE if compact else "model.safetensors"))
+
+
+COMPACT_FILE = "model_compact.safetensors"
+
+
+def pack(tensors):
+    """Each encoder matrix X as X.kept, a bit for each weight that is not 0, and X.values, those
+    weights in half precision: at 97 % sparsity a 22nd of the bytes."""
+    packed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("bert.encoder.") and tensor.ndim == 2:
+            kept = tensor != 0
+            packed[name + ".kept"] = torch.from_numpy(np.packbits(kept.cpu().numpy()))
+            packed[name + ".values"] = tensor[kept].half()
+        else:
+            packed[name] = tensor
+    return packed
+
+
+def unpack(tensors, expected, source):
+    """Undo `pack`, to the shapes of `expected`. ValueError if bits and values do not fit."""
+    tensors = dict(tensors)
+    for name in [name for name in expected if name + ".kept" in tensors]:
+        kept, values = tensors.pop(name + ".kept"), tensors.pop(name + ".values", torch.empty(0))
+        weight = torch.zeros(expected[name].shape)
+        bits = np.unpackbits(kept.numpy()) if kept.dtype == torch.uint8 else np.empty(0)
+        if len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel():
+            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values for "
+                             f"{int(bits.sum())} of {weight.numel()} weights")
+        weight.view(-1)[torch.from_numpy(bits[:weight.numel()]).bool()] = values.float()
+        tensors[name] = weight
+    return tensors
 
 
 def load_bin(path):

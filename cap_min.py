@@ -27,6 +27,7 @@ The equations (1) to (8) are written out in README.md; each is marked here as `#
 import argparse
 import copy
 import ctypes
+import dataclasses
 import hashlib
 import json
 import math
@@ -44,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bert_min import from_pretrained, load_safetensors, model_folder, save_pretrained
+from bert_min import BertClassifier, from_pretrained, model_folder, save_pretrained
 from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
 
 HERE = Path(__file__).resolve().parent
@@ -148,6 +149,30 @@ def set_masks(model, density):
         layer.mask = topk_mask(scores, density)
 
 
+def set_soft_masks(model, threshold):
+    """CAP-soft: keep the weights with sigmoid(score) > threshold; returns the share kept."""
+    layers = encoder_linears(model).values()
+    for layer in layers:
+        layer.mask = layer.scores.detach() > torch.logit(torch.tensor(threshold))
+    kept = sum(int(layer.mask.count_nonzero()) for layer in layers)
+    return kept / sum(layer.mask.numel() for layer in layers)
+
+
+def cut_soft_masks(model, density):
+    """The cut that ends CAP-soft: exactly k weights of all matrices together, as a threshold
+    that is the same for all of them shares them out."""
+    layers = encoder_linears(model).values()
+    mask = topk_mask(torch.cat([layer.scores.detach().flatten() for layer in layers]), density)
+    for layer, part in zip(layers, mask.split([layer.scores.numel() for layer in layers])):
+        layer.mask = part.view_as(layer.scores)
+
+
+def mean_sigmoid(model):
+    """What CAP-soft penalises: mean over matrices of the mean of sigmoid(S). Eq. (8)."""
+    means = [layer.scores.sigmoid().mean() for layer in encoder_linears(model).values()]
+    return torch.stack(means).mean()
+
+
 def apply_masks(model):
     """Replace every `MaskedLinear` by a plain layer whose pruned weights are exactly 0."""
 
@@ -182,13 +207,16 @@ def linear_lr(step, total, warmup):
 
 
 def sparsity_report(model):
-    """{"total": share of encoder weights that are exactly 0, "matrices": {name: share}}."""
-    weights = {name: layer.weight * getattr(layer, "mask", 1)
-               for name, layer in encoder_linears(model).items()}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    return {"total": sum(zeros.values()) / sum(weight.numel() for weight in weights.values()),
-            "matrices": {name + ".weight": zeros[name] / weight.numel()
-                         for name, weight in weights.items()}}
+    """{"total": share of encoder weights that are exactly 0 or removed, "weights": how many there
+    were, "kept": how many are left, "matrices": {name: share}}."""
+    with torch.device("meta"):
+        whole = BertClassifier(dataclasses.replace(model.config, layer_sizes=None))
+    sizes = {name: layer.weight.numel() for name, layer in encoder_linears(whole).items()}
+    kept = {name: int((layer.weight * getattr(layer, "mask", 1)).count_nonzero())
+            for name, layer in encoder_linears(model).items()}
+    total, left = sum(sizes.values()), sum(kept.values())
+    return {"total": 1 - left / total, "weights": total, "kept": left,
+            "matrices": {name + ".weight": 1 - kept[name] / sizes[name] for name in sizes}}
 
 
 # -------------------------------------------------------------------- snapshot banks
@@ -301,7 +329,8 @@ def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, 
     ancestors uses the first args.extra // K, so that all give about as many candidates."""
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
     if "kd" not in args.without:
-        terms["kd"] = args.w_kd * distillation_loss(logits, teacher_logits[batch["index"]])
+        terms["kd"] = args.w_kd * distillation_loss(logits, teacher_logits[batch["index"]],
+                                                    args.kd_temperature)
     for name, bank in banks.items():
         unsup, sup = contrastive_loss(pooled, batch["index"], bank_labels[batch["index"]], bank,
                                       bank_labels, extra[:args.extra // bank.size(1)],
@@ -312,8 +341,10 @@ def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, 
 
 def gradient_shares(terms, pooled):
     """{term: |d term / d pooled| as a share of the sum over terms}: who steers the encoder."""
-    norms = {name: torch.autograd.grad(term, pooled, retain_graph=True)[0].float().norm().item()
-             for name, term in terms.items()}
+    norms = {}
+    for name, term in terms.items():  # but the penalty on the scores, which is not of pooled
+        grad, = torch.autograd.grad(term, pooled, retain_graph=True, allow_unused=True)
+        norms[name] = 0.0 if grad is None else grad.float().norm().item()
     total = sum(norms.values()) or 1.0
     return {name: round(norm / total, 4) for name, norm in norms.items()}
 
@@ -322,6 +353,7 @@ def gradient_shares(terms, pooled):
 
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 TEACHER_EPOCHS = 3  # at most
+SOFT_THRESHOLD = 0.1  # CAP-soft keeps what exceeds it at the end
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
 
 
@@ -341,11 +373,11 @@ def make_optimizer(model, args, total):
         optimizer, lambda step: linear_lr(step, total, warmup_steps(args, total)))
 
 
-def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=None):
+def train(model, data, loss_terms, args, log, epochs, set_density=None, after_epoch=None):
     """Train `model` on `data`: the one loop of the dense teacher and of the pruned model.
 
     loss_terms(logits, pooled, batch) -> {name: scalar}, whose sum is minimised.
-    density(step, total) -> share of weights to keep, set before each step; None: dense model.
+    set_density(step, total) -> share of weights kept: sets the masks before each step.
     after_epoch(epoch) -> {...}, entered in the log. ValueError if the loss is not finite, which
     is looked at every LOG_EVERY steps."""
     device = model.classifier.weight.device
@@ -357,9 +389,7 @@ def train(model, data, loss_terms, args, log, epochs, density=None, after_epoch=
     for epoch in range(epochs):
         for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch)):
             step = epoch * steps + i
-            kept = 1.0 if density is None else density(step, total)
-            if density is not None:
-                set_masks(model, kept)
+            kept = 1.0 if set_density is None else set_density(step, total)
             batch = move(batch, device)
             with autocast(device, dtype):
                 logits, pooled = model(*inputs(batch))
@@ -447,7 +477,18 @@ def train_teacher(args, data, model, log):
         return {"ce": task_loss(logits, batch["labels"])}
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          min(TEACHER_EPOCHS, args.epochs))
+          teacher_epochs(args))
+
+
+def stages(args):
+    """Sparsities at which the model is trained for args.epochs each: the one asked for, after
+    those of 10 %, 20 %, ... where heads and neurons are removed."""
+    tenths = [i / 10 for i in range(1, 10)] if args.method == "structured" else []
+    return [*(sparsity for sparsity in tenths if sparsity < args.sparsity), args.sparsity]
+
+
+def teacher_epochs(args):
+    return min(TEACHER_EPOCHS, args.epochs * len(stages(args)))
 
 
 def first_banks(args, data, model, teacher):
@@ -455,7 +496,8 @@ def first_banks(args, data, model, teacher):
     pre-trained model nor the teacher ever changes."""
     names = [name for name in ("prc", "snc", "fic") if name not in args.without]
     pooled = encode(teacher, data, args.compute_dtype)  # (N, D)
-    banks = Banks(names, len(data), pooled.size(1), args.epochs - 1, pooled.device)
+    snapshots = max(args.epochs, len(stages(args))) - 1
+    banks = Banks(names, len(data), pooled.size(1), snapshots, pooled.device)
     if "fic" in names:
         banks.add("fic", pooled)
     if "prc" in names:
@@ -464,32 +506,141 @@ def first_banks(args, data, model, teacher):
 
 
 def prune(args, data, dev_sets, model, banks, teacher_logits, log):
-    """CAP: turn the pre-trained `model` into the pruned, still masked one."""
+    """CAP: the pre-trained `model`, pruned. Returns it, with the pruned weights at 0 or removed,
+    and its density {"before_cut", "after_cut"}; the two differ for CAP-soft alone."""
     torch.manual_seed(args.seed)
     device = teacher_logits.device
     epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
-    add_masks(model, args.score_init if args.method == "movement" else None)
 
     def loss_terms(logits, pooled, batch):
         count = min(args.extra, len(data))
         extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
         return cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
 
-    def density(step, total):
-        warmup = warmup_steps(args, total)
-        return cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup, 3 * warmup)
-
-    def after_epoch(epoch):
-        if "snc" in banks.bank and epoch < args.epochs - 1:
+    def end_epoch(model, title, snapshot):
+        if snapshot and "snc" in banks.bank:
             banks.add("snc", encode(model, data, args.compute_dtype))
         scores = evaluate(model, args, epoch_dev, args.compute_dtype)
-        print(f"epoch {epoch + 1}/{args.epochs}, dev: {show_scores(scores)}", flush=True)
+        print(f"{title}, dev: {show_scores(scores)}", flush=True)
         return {"dev": scores}
 
-    train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
-          args.epochs, density, after_epoch)
+    prune_it = prune_in_stages if args.method == "structured" else prune_by_masks
+    return prune_it(args, data, model, loss_terms, end_epoch,
+                    lambda entry: log({"phase": "prune", **entry}))
+
+
+def prune_by_masks(args, data, model, loss_terms, end_epoch, log):
+    """One run in which ever more weights are masked, eq. (3). NOTE deviation: for its final steps
+    CAP-soft's masks are cut to exactly k, so that it is trained with what is exported."""
+    add_masks(model, None if args.method == "magnitude" else args.score_init)
+    density, threshold = {}, 0.0
+
+    def set_density(step, total):
+        nonlocal threshold
+        warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
+        if args.method == "soft" and step < total - cool:
+            threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
+            density["before_cut"] = set_soft_masks(model, threshold)
+            return density["before_cut"]
+        kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+        (cut_soft_masks if args.method == "soft" else set_masks)(model, kept)
+        return kept
+
+    def soft_terms(*arguments):  # eq. (8), the penalty of CAP-soft
+        penalty = args.penalty * threshold / SOFT_THRESHOLD
+        return {**loss_terms(*arguments), "l1": penalty * mean_sigmoid(model)}
+
+    train(model, data, soft_terms if args.method == "soft" else loss_terms, args, log, args.epochs,
+          set_density, lambda epoch: end_epoch(model, f"epoch {epoch + 1}/{args.epochs}",
+                                               snapshot=epoch < args.epochs - 1))
+    density["after_cut"] = 1 - sparsity_report(model)["total"]
+    return apply_masks(model), density
+
+
+# --------------------------------------------------------------- structured pruning
+
+
+def importance(model, data, loss_terms, args):
+    """CAP-f's first-order Taylor criterion: |dL/dmask| summed over the batches of `data`, where a
+    mask, here 1, multiplies what each head and each neuron puts out; dropout is off. Returns two
+    lists with a vector for each layer: (H,) of the heads and (F,) of the neurons."""
+    heads, neurons, hooks = [], [], []
+
+    def add_mask(linear, units):  # of the layer that reads what the units put out
+        mask = torch.ones(units, device=linear.weight.device, requires_grad=True)
+        width = linear.in_features // max(1, units)
+        hooks.append(linear.register_forward_pre_hook(
+            lambda module, inputs: inputs[0] * mask.repeat_interleave(width)))
+        return mask
+
+    for layer in model.bert.encoder["layer"]:
+        heads.append(add_mask(layer.attention["output"].dense, layer.attention["self"].shape[0]))
+        neurons.append(add_mask(layer.output.dense, layer.output.dense.in_features))
+    sums = [torch.zeros_like(mask) for mask in heads + neurons]
+    model.eval()
+    for batch in batches(data, args.batch_size, args.seed, 0):
+        batch = move(batch, heads[0].device)
+        with autocast(heads[0].device, args.compute_dtype):
+            logits, pooled = model(*inputs(batch))
+        loss = sum(loss_terms(logits.float(), pooled.float(), batch).values())
+        for total, grad in zip(sums, torch.autograd.grad(loss, heads + neurons)):
+            total += grad.abs()
+    for hook in hooks:
+        hook.remove()
+    return sums[:len(heads)], sums[len(heads):]
+
+
+def most_important(importances, count):
+    """Bool masks, one for each layer's vector, of the `count` most important units of all layers,
+    after each vector has been divided by its L2 norm."""
+    scaled = torch.cat([vector / vector.norm().clamp_min(1e-20) for vector in importances])
+    mask = torch.zeros_like(scaled, dtype=torch.bool)
+    mask[scaled.argsort(descending=True, stable=True)[:count]] = True
+    return mask.split([len(vector) for vector in importances])
+
+
+def remove_units(model, heads, neurons):
+    """A model with only the heads and neurons of these bool masks, one a layer: its matrices are
+    smaller, `config.layer_sizes` tells how small, and it computes what the masked one would."""
+    sizes = [[int(kept.sum()) for kept in masks] for masks in zip(heads, neurons)]
+    small = BertClassifier(dataclasses.replace(model.config, layer_sizes=sizes))
+    state = model.state_dict()
+    for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons)):
+        rows = kept_heads.repeat_interleave(model.config.hidden_size
+                                            // model.config.num_attention_heads)
+        for name, kept in (("attention.self.query", rows), ("attention.self.key", rows),
+                           ("attention.self.value", rows), ("intermediate.dense", kept_neurons)):
+            for kind in ("weight", "bias"):
+                state[f"bert.encoder.layer.{i}.{name}.{kind}"] = (
+                    state[f"bert.encoder.layer.{i}.{name}.{kind}"][kept])
+        for name, kept in (("attention.output", rows), ("output", kept_neurons)):
+            name = f"bert.encoder.layer.{i}.{name}.dense.weight"
+            state[name] = state[name][:, kept]
+    small.load_state_dict(state)
+    return small.to(heads[0].device)
+
+
+def prune_in_stages(args, data, model, loss_terms, end_epoch, log):
+    """CAP-f: remove the least important heads and neurons in stages, of both the same share, and
+    train for args.epochs after each; the model of each stage is a snapshot. Returns the model and
+    its density. NOTE deviation: a layer may lose all its heads or neurons."""
+    units = model.config.num_attention_heads, model.config.intermediate_size
+    steps = args.epochs * math.ceil(len(data) / args.batch_size)
+    for stage, sparsity in enumerate(stages(args)):
+        share = (1 - sparsity) * model.config.num_hidden_layers
+        masks = [most_important(found, math.floor(share * count + 1e-6)) for found, count in
+                 zip(importance(model, data, loss_terms, args), units)]
+        model = remove_units(model, *masks)
+        model.bert.embeddings.requires_grad_(False)
+        kept, title = 1 - sparsity_report(model)["total"], f"stage {stage + 1}/{len(stages(args))}"
+        train(model, data, loss_terms, args,
+              lambda entry: log({**entry, "step": entry["step"] + stage * steps}), args.epochs,
+              lambda step, total: kept, lambda epoch: end_epoch(
+                  model, f"{title}, epoch {epoch + 1}/{args.epochs}",
+                  snapshot=epoch == args.epochs - 1 and sparsity < args.sparsity))
+    return model, {"before_cut": kept, "after_cut": kept}
 
 
 def show_scores(scores):
@@ -549,16 +700,10 @@ def export(model, tokenizer, task, folder):
 
 def write_record(args, data, dev_sets, results, seconds, device):
     """record.json: all that a figure in a table must be able to show for itself."""
-    modules = ("bert_min.py", "data_glue.py", "cap_min.py")
-    source = b"".join((HERE / name).read_bytes() for name in modules)
     rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
-    passes = {"teacher": min(TEACHER_EPOCHS, args.epochs), "prune": args.epochs}
+    passes = {"teacher": teacher_epochs(args), "prune": args.epochs * len(stages(args))}
     record = {
-        "config": run_config(args), "seed": args.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__, "machine": f"{platform.machine()}, {device.type}, "
-                                                         f"{torch.get_num_threads()} threads"},
-        "source_sha256": hashlib.sha256(source).hexdigest(),
+        "config": run_config(args), "seed": args.seed, **provenance(device),
         "train_sha256": hashlib.sha256(rows).hexdigest(),
         "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}},
         **results,
@@ -566,9 +711,25 @@ def write_record(args, data, dev_sets, results, seconds, device):
         "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
                                 for phase, epochs in passes.items() if seconds[phase]},
         "peak_memory_bytes": peak_memory(device)}
-    temporary = args.out / "record.json.tmp"
+    write_json(record, args.out / "record.json")
+
+
+def provenance(device):
+    """What a record says of the program and the machine that made it."""
+    modules = ("bert_min.py", "data_glue.py", "cap_min.py")
+    source = b"".join((HERE / name).read_bytes() for name in modules)
+    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__,
+                         "machine": f"{platform.machine()}, {device.type}, "
+                                    f"{torch.get_num_threads()} threads"},
+            "source_sha256": hashlib.sha256(source).hexdigest()}
+
+
+def write_json(record, path):
+    """Write beside `path`, then rename: a record that is there is whole."""
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out / "record.json")  # a record that is there is whole
+    os.replace(temporary, path)
 
 
 def draw_curve(folder, dense):
@@ -597,20 +758,21 @@ def print_summary(args, record):
     notes = {"accuracy": "(animals seen in fine-tuning)",
              "accuracy_unseen": "(animals known only from pre-training)"}
     path = args.out / "model" / "model.safetensors"
-    weights = torch.cat([tensor.flatten() for name, tensor in load_safetensors(path).items()
-                         if name in record["sparsity"]["matrices"]])
     print("\n     dense    pruned")
     for name, pruned in record["pruned"].items():
         print(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}",
               notes.get(name, "") if args.task == "demo" else "")
-    print(f"{len(weights):10,}{int(weights.count_nonzero()):10,}  weights in the encoder\n"
+    print(f"{record['sparsity']['weights']:10,}{record['sparsity']['kept']:10,}  weights in the "
+          f"encoder\n"
           f"pruned model, for transformers too: {path.parent}, {path.stat().st_size / 1e6:.1f} MB "
           f"with its zeros; took {timedelta(seconds=int(record['seconds']['total']))}")
 
 
 # ---------------------------------------------------------------------- command line
 
-DEMO = {"model": HERE / "demo" / "model", "epochs": 6, "lr": 1e-3, "max_length": 32}
+DEMO = {"model": HERE / "demo" / "model", "epochs": 6, "batch_size": 32, "lr": 1e-3,
+        "max_length": 32}
+STRUCTURED = {"epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3, "w_sup": 3.0}
 
 
 def number(kind, low, below=math.inf):
@@ -634,8 +796,11 @@ def add_flags(parser):
         "demo/, which has a model and defaults of its own: " +
         ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
-    add("--method", choices=("movement", "magnitude"), default="movement",
-        help="what decides which weights are kept: trained scores, or the weights' size")
+    add("--method", choices=("movement", "soft", "magnitude", "structured"), default="movement",
+        help="what decides which weights are kept: trained scores, their top-k (CAP-m) or those over "
+        "a threshold (CAP-soft), or the weights' size; structured: which heads and neurons, removed "
+        "in stages of 10 %% (CAP-f), with defaults of its own: " +
+        ", ".join(f"{name} {value}" for name, value in STRUCTURED.items()))
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
     add("--data-dir", help="folder with the task's folder; None: downloaded (the demo has its own)")
@@ -643,7 +808,7 @@ def add_flags(parser):
         "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED or runs/TASK-SPARSITY-compare")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=10, help="of pruning; the teacher has at most 3")
+    add("--epochs", type=count, default=10, help="of pruning, or of a stage; at most 3 of the teacher")
     add("--batch-size", type=count, default=32, help="examples a step")
     add("--lr", type=rate, default=3e-5, help="peak learning rate of weights")
     add("--mask-lr", type=rate, default=1e-2, help="peak learning rate of scores")
@@ -661,6 +826,7 @@ def add_flags(parser):
     add("--w-kd", type=weight, default=0.9, help="weight of the distillation")
     add("--extra", type=count, default=4096, help="candidates beside the batch")
     add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
+    add("--penalty", type=weight, default=680.0, help="lambda_f of eq. (8), of CAP-soft")
     add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
         help="terms to leave out")
     add = parser.add_argument_group("machine").add_argument
@@ -669,6 +835,8 @@ def add_flags(parser):
     add = parser.add_argument_group("modes").add_argument
     add("--compare", type=count, nargs="?", const=1, metavar="SEEDS",
         help="instead of one run: CAP, CAP without a term, and plain pruning, for so many seeds")
+    add("--probe", type=Path, metavar="RUN", help="train a linear classifier for --task on the "
+        "frozen encoders of this finished run: pruned, fine-tuned and pre-trained")
 
 
 def parse(argv):
@@ -683,9 +851,14 @@ def parse(argv):
     parser.error = fail
     add_flags(parser)
     args = parser.parse_args(argv)
+    if args.method == "structured":
+        parser.set_defaults(**STRUCTURED)
     if args.task == "demo":
         parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
+    if args.method == "structured" and args.task == "demo":
+        parser.set_defaults(epochs=STRUCTURED["epochs"])
+    args = parser.parse_args(argv)
+    args.kd_temperature = 1.0 if args.method == "structured" else 2.0
     args.without = sorted(set(args.without))
     if args.out is None:
         parts = [args.task, f"{args.sparsity:g}", args.method.replace("movement", ""),
@@ -809,15 +982,16 @@ def make_run(args, device, config):
     print(f"dense, dev: {show_scores(dense)}", flush=True)
     (banks, teacher_logits), seconds["banks"] = timed(first_banks, args, data, model, teacher)
     del teacher  # all that is needed of it is cached
-    _, seconds["prune"] = timed(prune, args, data, dev_sets, model, banks, teacher_logits, log)
+    (model, density), seconds["prune"] = timed(prune, args, data, dev_sets, model, banks,
+                                               teacher_logits, log)
 
-    export(apply_masks(model), tokenizer, args.task, args.out / "model")
+    export(model, tokenizer, args.task, args.out / "model")
     model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
-    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity},
-                 seconds, device)
+    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
+                                        "density": density}, seconds, device)
 
 
 def timed(function, *arguments):
@@ -870,12 +1044,57 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
+def probe(args):
+    """How much the encoders of the finished run args.probe still know: the scores on args.task of
+    a linear classifier on their frozen pooled vectors, in RUN/probe_TASK.json and printed."""
+    path = args.probe / "record.json"
+    if not path.exists():
+        raise ValueError(f"{args.probe} is no finished run: {path.name} is missing")
+    config = json.loads(path.read_text(encoding="utf-8"))["config"]
+    known = HERE / config["model"]  # a path in this folder is relative to it
+    folders = {"pruned": args.probe / "model", "dense": config["teacher"] or args.probe / "teacher",
+               "pretrained": known if known.exists() else config["model"]}
+    device, tokenizer, scores = choose_device(args), load_tokenizer(args.probe / "model"), {}
+    for name, folder in folders.items():
+        model = from_pretrained(folder, max(1, len(TASKS[args.task].words))).to(device)
+        if not scores:
+            data, dev_sets = load_data(args, tokenizer, model.config)
+        fit_classifier(model, data)
+        scores[name] = evaluate(model, args, dev_sets)
+        print(f"{name}, dev: {show_scores(scores[name])}", flush=True)
+    record = {"task": args.task, "run": config, "examples": {
+        "train": len(data), **{split: len(dev) for split, dev in dev_sets.items()}},
+        "max_length": args.max_length, **provenance(device), **scores}
+    write_json(record, args.probe / f"probe_{args.task}.json")
+
+
+def fit_classifier(model, data):
+    """Set the model's classifier to the one that minimises the task's loss, with a little L2, on
+    the frozen pooled vectors; it is found by L-BFGS from 0, so there is no chance in it."""
+    pooled, labels = encode(model, data), data.labels.to(model.classifier.weight.device)
+    for parameter in model.classifier.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=500,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = task_loss(model.classifier(pooled), labels)
+        value = value + 1e-4 * model.classifier.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     keep_freed_memory()
     try:
         args = parse(argv)
-        if args.compare:
+        if args.probe:
+            probe(args)
+        elif args.compare:
             compare(args)
         else:
             run(args)

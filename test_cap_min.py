@@ -230,8 +230,8 @@ def cap_case(without=(), snapshots=1, rows=(EAST, EAST, EAST, EAST)):
     for name in names:
         for _ in range(snapshots if name == "snc" else 1):
             banks.add(name, torch.tensor(rows))
-    args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2,
-                                 temperature=0.1, norm="official", without=list(without))
+    args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2, temperature=0.1,
+                                 kd_temperature=2.0, norm="official", without=list(without))
     labels = tensor([0, 1, 1, 0], LONG)
     batch = {"index": tensor([1], LONG), "labels": labels[1:2]}
     teacher_logits = torch.tensor([[0, 0], [2 * math.log(3), 0], [0, 0], [0, 0]])
@@ -394,7 +394,8 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab):
     of its own."""
     config = BertConfig(**{**vars(TINY), "num_labels": 3})
     model, teacher, data = BertClassifier(config), BertClassifier(config).eval(), toy_data(vocab)
-    args = types.SimpleNamespace(without=[], epochs=3, compute_dtype=torch.float32, task="mnli")
+    args = types.SimpleNamespace(without=[], epochs=3, compute_dtype=torch.float32, task="mnli",
+                                 method="movement", sparsity=0.97)
     banks, logits = cap_min.first_banks(args, data, model, teacher)
     assert [(name, bank.shape) for name, bank in banks.items()] == [("prc", (10, 1, 16)),
                                                                     ("fic", (10, 1, 16))]
@@ -514,7 +515,7 @@ def test_layer_is_torch_transformer_encoder_layer():
     """torch's post-norm layer with gelu computes the same from the same weights; query, key and
     value lie there in one matrix, and its padding mask is True where ours is 0."""
     torch.manual_seed(0)
-    ours = Layer(TINY).double().eval()
+    ours = Layer(TINY, 2, 32).double().eval()
     theirs = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", layer_norm_eps=1e-12,
                                         batch_first=True, dtype=DOUBLE).eval()
     for copy, original in ((theirs.self_attn.out_proj, ours.attention.output.dense),
@@ -642,7 +643,7 @@ def test_run_folder(finished):
     record = json.loads((finished / "record.json").read_text())
     assert set(record) == {
         "config", "seed", "versions", "source_sha256", "train_sha256", "examples", "dense",
-        "pruned", "sparsity", "seconds", "examples_per_second", "peak_memory_bytes"}
+        "pruned", "sparsity", "density", "seconds", "examples_per_second", "peak_memory_bytes"}
     assert record["examples"] == {"train": 320, "dev": 40} and record["dense"]["accuracy"] == 1
     assert set(record["seconds"]) == {"teacher", "banks", "prune", "total"}
     assert record["config"]["score_init"] == "magnitude"  # auto: a short run

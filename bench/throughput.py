@@ -294,15 +294,16 @@ def step_ms(args, model, data, banks, count=60):
         return cap_min.cap_terms(student, pooled, batch, logits, banks, labels,
                                  torch.from_numpy(extra).to(device), args)
 
-    def density(step, total):
+    def set_density(step, total):
         times.append(clock())
         if len(times) > count:
             raise Enough
+        cap_min.set_masks(model, 0.03)
         return 0.03
 
     epochs = -(-count * args.batch_size // len(data)) + 1
     try:
-        cap_min.train(model, data, terms, args, lambda entry: None, epochs, density)
+        cap_min.train(model, data, terms, args, lambda entry: None, epochs, set_density)
     except Enough:
         pass
     return 1e3 * statistics.median(np.diff(times)[10:])

@@ -43,7 +43,7 @@ def prepare():
                                  torch.arange(ROWS), args)
 
     cap_min.train(model, data, loss_terms, args, lambda entry: None, epochs=1,
-                  density=lambda step, total: 1.0)
+                  set_density=lambda step, total: 1.0)
     banks.add("snc", cap_min.encode(model, data))
     cap_min.set_masks(model, KEPT)
     return args, rows, data, model.eval(), banks, teacher_logits
