@@ -458,7 +458,8 @@ def unpack(tensors, expected, source):
         kept, values = tensors.pop(name + ".kept"), tensors.pop(name + ".values", torch.empty(0))
         weight = torch.zeros(expected[name].shape)
         bits = np.unpackbits(kept.numpy()) if kept.dtype == torch.uint8 else np.empty(0)
-        if len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel():
+        if (len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel()
+                or not values.isfinite().all()):
             raise ValueError(f"{source}: damaged, {name} has {values.numel()} values for "
                              f"{int(bits.sum())} of {weight.numel()} weights")
         weight.view(-1)[torch.from_numpy(bits[:weight.numel()]).bool()] = values.float()

@@ -149,22 +149,19 @@ def set_masks(model, density):
         layer.mask = topk_mask(scores, density)
 
 
-def set_soft_masks(model, threshold):
-    """CAP-soft: keep the weights with sigmoid(score) > threshold; returns the share kept."""
+def set_soft_masks(model, threshold, density, exact):
+    """CAP-soft: keep the weights of all matrices with sigmoid(score) > threshold, but at most the
+    share `density` of all of them, and exactly this share if `exact`: those with the largest
+    scores. Returns the share over the threshold."""
     layers = encoder_linears(model).values()
-    for layer in layers:
-        layer.mask = layer.scores.detach() > torch.logit(torch.tensor(threshold))
-    kept = sum(int(layer.mask.count_nonzero()) for layer in layers)
-    return kept / sum(layer.mask.numel() for layer in layers)
-
-
-def cut_soft_masks(model, density):
-    """The cut that ends CAP-soft: exactly k weights of all matrices together, as a threshold
-    that is the same for all of them shares them out."""
-    layers = encoder_linears(model).values()
-    mask = topk_mask(torch.cat([layer.scores.detach().flatten() for layer in layers]), density)
+    scores = torch.cat([layer.scores.detach().flatten() for layer in layers])
+    mask = scores > math.log(threshold / (1 - threshold)) if threshold else scores > -math.inf
+    over = int(mask.count_nonzero()) / len(mask)
+    if exact or over > density:
+        mask = topk_mask(scores, density)
     for layer, part in zip(layers, mask.split([layer.scores.numel() for layer in layers])):
         layer.mask = part.view_as(layer.scores)
+    return over
 
 
 def mean_sigmoid(model):
@@ -532,20 +529,22 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log):
 
 
 def prune_by_masks(args, data, model, loss_terms, end_epoch, log):
-    """One run in which ever more weights are masked, eq. (3). NOTE deviation: for its final steps
-    CAP-soft's masks are cut to exactly k, so that it is trained with what is exported."""
+    """One run in which ever more weights are masked, eq. (3). NOTE deviation: CAP-soft's density,
+    which its penalty alone would set, stays below eq. (3): what is over the threshold is cut to
+    this share at each step, not only at the end."""
     add_masks(model, None if args.method == "magnitude" else args.score_init)
     density, threshold = {}, 0.0
 
     def set_density(step, total):
         nonlocal threshold
         warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
-        if args.method == "soft" and step < total - cool:
-            threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
-            density["before_cut"] = set_soft_masks(model, threshold)
-            return density["before_cut"]
         kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
-        (cut_soft_masks if args.method == "soft" else set_masks)(model, kept)
+        if args.method == "soft":
+            threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
+            final = step >= total - cool
+            density["before_cut"] = set_soft_masks(model, threshold, kept, exact=final)
+            return kept if final else min(kept, density["before_cut"])
+        set_masks(model, kept)
         return kept
 
     def soft_terms(*arguments):  # eq. (8), the penalty of CAP-soft
@@ -606,6 +605,7 @@ def remove_units(model, heads, neurons):
     smaller, `config.layer_sizes` tells how small, and it computes what the masked one would."""
     sizes = [[int(kept.sum()) for kept in masks] for masks in zip(heads, neurons)]
     small = BertClassifier(dataclasses.replace(model.config, layer_sizes=sizes))
+    small.to(model.classifier.weight)  # its device and dtype
     state = model.state_dict()
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons)):
         rows = kept_heads.repeat_interleave(model.config.hidden_size
@@ -619,7 +619,7 @@ def remove_units(model, heads, neurons):
             name = f"bert.encoder.layer.{i}.{name}.dense.weight"
             state[name] = state[name][:, kept]
     small.load_state_dict(state)
-    return small.to(heads[0].device)
+    return small
 
 
 def prune_in_stages(args, data, model, loss_terms, end_epoch, log):
@@ -797,9 +797,9 @@ def add_flags(parser):
         ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
     add("--method", choices=("movement", "soft", "magnitude", "structured"), default="movement",
-        help="what decides which weights are kept: trained scores, their top-k (CAP-m) or those over "
-        "a threshold (CAP-soft), or the weights' size; structured: which heads and neurons, removed "
-        "in stages of 10 %% (CAP-f), with defaults of its own: " +
+        help="what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
+        "threshold (CAP-soft), or the weights' size; structured: the importance of heads and "
+        "neurons, removed in stages of 10 %% (CAP-f), with defaults of its own: " +
         ", ".join(f"{name} {value}" for name, value in STRUCTURED.items()))
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
@@ -808,7 +808,8 @@ def add_flags(parser):
         "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED or runs/TASK-SPARSITY-compare")
     add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=10, help="of pruning, or of a stage; at most 3 of the teacher")
+    add("--epochs", type=count, default=10,
+        help="of pruning, structured: of each stage; the teacher has at most 3")
     add("--batch-size", type=count, default=32, help="examples a step")
     add("--lr", type=rate, default=3e-5, help="peak learning rate of weights")
     add("--mask-lr", type=rate, default=1e-2, help="peak learning rate of scores")

@@ -4,6 +4,7 @@ with other implementations, behaviour. A docstring derives the number that its t
 Run:  python -m pytest -q test_cap_min.py
 Parity with transformers, tokenizers and safetensors is tested where these are installed."""
 
+import copy
 import functools
 import hashlib
 import http.server
@@ -36,6 +37,8 @@ from data_glue import TASKS, Example, WordPiece, batches, encode_task, load, sco
 
 HERE = Path(__file__).parent
 LONG, DOUBLE = torch.int64, torch.float64
+pytestmark = [pytest.mark.filterwarnings("ignore:Initializing zero-element tensors"),
+              pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")]
 
 
 def tensor(values, dtype=DOUBLE):
@@ -124,6 +127,26 @@ def test_magnitude_start_of_scores():
     wanted = torch.tensor([[3.0, 1.0, 1.0, 3.0]]) / math.sqrt(20 / 3)
     assert torch.allclose(MaskedLinear(linear, "magnitude").scores, wanted)
     assert MaskedLinear(linear, "zero").scores.tolist() == [[0, 0, 0, 0]]
+
+
+def test_soft_masks_and_their_cut():
+    """sigmoid of log(p / (1 - p)) is p. Of p = 0.05, 0.2 in one matrix and 0.5, 0.6, 0.09, 0.7 in
+    another, 4 of 6 exceed 0.1; at threshold 0, where it begins, all do. A density of 1/3 keeps the
+    2 largest of both matrices together; one of 5/6 adds the largest below the threshold, if it is
+    to be exact. The penalty is the mean of 0.25 / 2 and 1.89 / 4."""
+    model = nn.ModuleDict({"bert": nn.ModuleDict({"encoder": nn.ModuleList([
+        MaskedLinear(nn.Linear(2, 1)), MaskedLinear(nn.Linear(2, 2))])})})
+    first, second = model["bert"]["encoder"]
+    first.scores.data = torch.logit(torch.tensor([[0.05, 0.2]]))
+    second.scores.data = torch.logit(torch.tensor([[0.5, 0.6], [0.09, 0.7]]))
+    for threshold, density, exact, over, wanted in (
+            (0.0, 1, False, 1, [True] * 6),
+            (0.1, 1, False, 4 / 6, [False, True, True, True, False, True]),
+            (0.1, 1 / 3, False, 4 / 6, [False, False, False, True, False, True]),
+            (0.1, 5 / 6, True, 4 / 6, [False, *[True] * 5])):
+        assert cap_min.set_soft_masks(model, threshold, density, exact) == over
+        assert first.mask.flatten().tolist() + second.mask.flatten().tolist() == wanted
+    assert cap_min.mean_sigmoid(model).item() == pytest.approx((0.25 / 2 + 1.89 / 4) / 2)
 
 
 # -------------------------------------------------------------------------- schedule
@@ -230,7 +253,8 @@ def cap_case(without=(), snapshots=1, rows=(EAST, EAST, EAST, EAST)):
     for name in names:
         for _ in range(snapshots if name == "snc" else 1):
             banks.add(name, torch.tensor(rows))
-    args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2, temperature=0.1,
+    args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2,
+                                 temperature=0.1,
                                  kd_temperature=2.0, norm="official", without=list(without))
     labels = tensor([0, 1, 1, 0], LONG)
     batch = {"index": tensor([1], LONG), "labels": labels[1:2]}
@@ -250,6 +274,27 @@ def test_total_loss():
     wanted = [0.1 * math.log(2), 0.9 * 0.52325, 4 * math.log(3), 2 * math.log(4), 4 * math.log(3)]
     assert [term.item() for term in terms.values()] == pytest.approx(wanted, abs=1e-4)
     assert set(cap_terms(*cap_case(snapshots=0))) == {"ce", "kd", "prc", "fic"}
+
+
+# --------------------------------------------------------------- structured pruning
+
+
+def test_units_are_ranked_over_all_layers():
+    """(3, 4) has norm 5 and becomes (0.6, 0.8), (0, 10) becomes (0, 1): the order is the last one,
+    0.8, 0.6, 0. Ten times larger gradients in a layer change nothing; a layer may lose all."""
+    importances = [tensor([3.0, 4.0]), tensor([0.0, 10.0])]
+    kept = [[mask.tolist() for mask in cap_min.most_important(importances, count)]
+            for count in (0, 1, 2, 3)]
+    assert kept == [[[False, False], [False, False]], [[False, False], [False, True]],
+                    [[False, True], [False, True]], [[True, True], [False, True]]]
+
+
+def test_stages():
+    """CAP-f prunes 10 % more at a time, last what was asked for; the others prune in one go."""
+    for sparsity, wanted in ((0.35, [0.1, 0.2, 0.3, 0.35]), (0.2, [0.1, 0.2]), (0.05, [0.05])):
+        args = cap_min.parse(["--method", "structured", "--sparsity", str(sparsity)])
+        assert cap_min.stages(args) == wanted
+    assert cap_min.stages(cap_min.parse(["--sparsity", "0.9"])) == [0.9]
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -428,6 +473,90 @@ def test_any_combination_of_terms(without):
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and min(shares.values()) > 0
 
 
+# --------------------------------------------------------------- structured pruning
+
+
+def test_importance_is_the_gradient_of_a_mask(vocab):
+    """A mask m on neuron f acts as a factor on column f of the matrix that reads it, so dL/dm =
+    sum_d W_df dL/dW_df; on a head, the same summed over its columns. Of 10 examples in batches of
+    4 the absolute values of three such gradients are summed."""
+    model, data = BertClassifier(TINY).double(), toy_data(vocab)
+    args = types.SimpleNamespace(batch_size=4, seed=0, compute_dtype=torch.float32)
+
+    def loss_terms(logits, pooled, batch):
+        return {"ce": cap_min.task_loss(logits, batch["labels"])}
+
+    heads, neurons = cap_min.importance(model, data, loss_terms, args)
+    wanted = [torch.zeros(2, dtype=DOUBLE), torch.zeros(32, dtype=DOUBLE)]
+    readers = [model.bert.encoder.layer[1].attention.output.dense,
+               model.bert.encoder.layer[1].output.dense]
+    for batch in batches(data, 4, seed=0, epoch=0):
+        model.zero_grad()
+        cap_min.task_loss(model.eval()(*cap_min.inputs(batch))[0], batch["labels"]).backward()
+        for total, reader in zip(wanted, readers):
+            per_column = (reader.weight.grad * reader.weight).sum(0)
+            total += per_column.view(len(total), -1).sum(1).abs()
+    assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
+    assert torch.allclose(neurons[1].double(), wanted[1], rtol=1e-4) and wanted[1].min() > 0
+
+
+def removed_units():
+    """(masked, smaller) of one model: layer 0 loses head 1 and all neurons, layer 1 all heads."""
+    torch.manual_seed(0)
+    model = BertClassifier(TINY).double().eval()
+    heads = [tensor([1, 0], torch.bool), tensor([0, 0], torch.bool)]
+    neurons = [tensor([0] * 32, torch.bool), tensor([1, 0, 0, 1] * 8, torch.bool)]
+    small = cap_min.remove_units(model, heads, neurons).eval()
+    for layer, kept_heads, kept_neurons in zip(model.bert.encoder.layer, heads, neurons):
+        layer.attention.output.dense.weight.data *= kept_heads.repeat_interleave(8)
+        layer.output.dense.weight.data *= kept_neurons
+    return model, small
+
+
+def test_removed_units_compute_as_masked_ones(tmp_path):
+    """The smaller model's logits are those of the masked one, also after a round trip through a
+    file. Layer 0 keeps half of 4 * 16 * 16 weights in attention and none of 2 * 16 * 32; layer 1
+    none and half: 1024 of 4096. What is gone counts as pruned."""
+    masked, small = removed_units()
+    batch = toy_batch()
+    assert (small(*batch)[0] - masked(*batch)[0]).abs().max() < 1e-12
+    report = sparsity_report(small)
+    assert (report["weights"], report["kept"], report["total"]) == (4096, 1024, 0.75)
+    assert report["matrices"]["bert.encoder.layer.0.attention.self.key.weight"] == 0.5
+    save_pretrained(small, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config.layer_sizes == [[1, 0], [0, 16]]
+    assert sum(p.numel() for p in loaded.bert.encoder.parameters() if p.ndim == 2) == 1024
+    assert (loaded.eval()(*batch)[0] - masked(*batch)[0]).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------- sparse inference
+
+
+@pytest.mark.parametrize("batch", [toy_batch(), tuple(x[:1] for x in toy_batch())])
+def test_sparse_forward_is_the_dense_one(batch):
+    """CSR matrices, feature-major activations and LayerNorm by columns give the same logits and
+    pooled vectors, with padding, in both layers of which a tenth is left; a dense one is kept as
+    it is, and so is the model that was given."""
+    model = BertClassifier(TINY).double()
+    for linear in encoder_linears(model).values():
+        linear.weight.data *= topk_mask(linear.weight, 0.1)
+        nn.init.normal_(linear.bias)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    sparse = bert_min.to_sparse(model)
+    assert [type(layer) for layer in sparse.bert.encoder.layer] == [bert_min.SparseLayer] * 2
+    for got, wanted in zip(sparse(*batch), model.eval()(*batch)):
+        assert (got - wanted).abs().max() < 1e-12
+    model.bert.encoder.layer[0].intermediate.dense.weight.data[:] = 1
+    mixed = bert_min.to_sparse(model)
+    assert [type(layer) for layer in mixed.bert.encoder.layer] == [Layer, bert_min.SparseLayer]
+    assert (mixed(*batch)[0] - model(*batch)[0]).abs().max() < 1e-12
+    masked, small = removed_units()
+    assert (bert_min.to_sparse(small)(*batch)[0] - masked(*batch)[0]).abs().max() < 1e-12
+
+
 # --------------------------------------------------------------------------- batches
 
 
@@ -518,12 +647,12 @@ def test_layer_is_torch_transformer_encoder_layer():
     ours = Layer(TINY, 2, 32).double().eval()
     theirs = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", layer_norm_eps=1e-12,
                                         batch_first=True, dtype=DOUBLE).eval()
-    for copy, original in ((theirs.self_attn.out_proj, ours.attention.output.dense),
+    for theirs_part, original in ((theirs.self_attn.out_proj, ours.attention.output.dense),
                            (theirs.norm1, ours.attention.output.LayerNorm),
                            (theirs.linear1, ours.intermediate.dense),
                            (theirs.linear2, ours.output.dense),
                            (theirs.norm2, ours.output.LayerNorm)):
-        copy.load_state_dict(original.state_dict())
+        theirs_part.load_state_dict(original.state_dict())
     qkv = [ours.attention.self.query, ours.attention.self.key, ours.attention.self.value]
     theirs.self_attn.in_proj_weight.data = torch.cat([layer.weight for layer in qkv]).data
     theirs.self_attn.in_proj_bias.data = torch.cat([layer.bias for layer in qkv]).data
@@ -770,6 +899,67 @@ def test_regression_and_pairs(pretrained, tmp_path):
     assert set(json.loads(log[-2])["gradient_share"]) == {"ce", "kd"}
 
 
+def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
+    """The penalty is lambda(t) mean sigmoid(S), where lambda(t) grows with the threshold: 0 in the
+    22 dense steps of 120, then 5000 (1 - (1 - 1/65)^3), and 5000 from step 87 on; the mean is
+    0.68 at the start, where S = |W| / std(W), and falls. From step 87 on exactly k of all 4096
+    weights are left. Eq. (8)."""
+    monkeypatch.setattr(cap_min, "LOG_EVERY", 1)
+    out = tmp_path / "soft"
+    assert main(command(pretrained, glue, out, "--method", "soft", "--penalty", "5000",
+                        "--mask-lr", "0.1")) == 0
+    record = json.loads((out / "record.json").read_text())
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in steps if line.get("phase") == "prune" and "l1" in line}
+    assert [steps[i]["l1"] for i in range(23)] == [0] * 23
+    assert steps[23]["l1"] / (1 - (1 - 1 / 65) ** 3) / 5000 == pytest.approx(0.68, abs=0.03)
+    assert 0.68 > steps[86]["l1"] / 5000 > steps[119]["l1"] / 5000 > 0
+    assert min(steps[i]["kept"] for i in range(87)) < 0.1 and steps[87]["kept"] == 1 - 0.9
+    assert record["density"]["before_cut"] < 0.1
+    assert record["sparsity"]["kept"] == round(0.1 * 4096)
+    assert record["density"]["after_cut"] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_structured_run(pretrained, glue, tmp_path):
+    """At 25 %, floor(0.75 * 4) = 3 of 4 heads and 48 of 64 neurons are left after the stages of 10
+    and 20 %: 3 stages of an epoch. The files are that much smaller, the record counts what is
+    gone, and the stages before the last are snapshots."""
+    out = tmp_path / "structured"
+    options = ("--method", "structured", "--sparsity", "0.25", "--epochs", "1")
+    assert main(command(pretrained, glue, out, *options)) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["sparsity"]["total"] == 0.25 == 1 - record["density"]["after_cut"]
+    model = from_pretrained(out / "model", None)
+    assert [sum(sizes) for sizes in zip(*model.config.layer_sizes)] == [3, 48]
+    assert sum(layer.weight.numel() for layer in encoder_linears(model).values()) == 0.75 * 4096
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    stages = [line for line in lines if line.get("phase") == "prune" and "dev" in line]
+    assert [line["step"] for line in stages] == [39, 79, 119]
+    assert stages[0]["kept"] > stages[1]["kept"] > stages[2]["kept"] == 0.75
+    assert record["seconds"]["teacher"] and record["examples_per_second"]["prune"]
+
+
+def test_probe(finished, pretrained, glue, tmp_path, capsys):
+    """A linear classifier on frozen pooled vectors of each encoder; its loss, cross-entropy and
+    1e-4 |W|^2, is at its minimum: the gradient is 0. Only a finished run can be probed."""
+    assert main(command(pretrained, glue, tmp_path, "--probe", str(finished))) == 0
+    record = json.loads((finished / "probe_sst2.json").read_text())
+    assert record["dense"]["accuracy"] == 1 and record["examples"]["train"] == 320
+    assert 0.4 <= record["pretrained"]["accuracy"] < 1 and "accuracy" in record["pruned"]
+    (finished / "probe_sst2.json").unlink()
+    model, data = from_pretrained(pretrained, 2), encode_task(
+        load("sst2", "train", glue), WordPiece(pretrained / "vocab.txt"), 16)
+    before = copy.deepcopy(model.bert.state_dict())
+    cap_min.fit_classifier(model, data)
+    loss = cap_min.task_loss(model.classifier(encode(model, data)), data.labels)
+    loss = loss + 1e-4 * model.classifier.weight.square().sum()
+    assert all(grad.abs().max() < 1e-3
+               for grad in torch.autograd.grad(loss, list(model.classifier.parameters())))
+    assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
+    assert main(command(pretrained, glue, tmp_path, "--probe", str(pretrained))) == 2
+    assert "is no finished run: record.json is missing" in capsys.readouterr().err
+
+
 def test_step_line_fits_in_120_columns(capsys):
     """On MNLI at full length. 366,000 s since the last line are 3 s a step and 32 / 3 = 11 ex/s;
     at 1,800 s for 122,000 steps the 720 left take 10 s."""
@@ -936,6 +1126,39 @@ def test_damaged_safetensors_are_refused(change, tmp_path):
     path.write_bytes((2 ** 62).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match="damaged"):
         load_safetensors(path)
+
+
+def test_compact_files(finished, tmp_path):
+    """The bits and half-precision values of a matrix become the matrix again, to 11 bits, and take
+    at most 1/12 of it in fp32 at 97 %; transformers finds no file that it could misread."""
+    model = from_pretrained(finished / "model")
+    for linear in encoder_linears(model).values():
+        linear.weight.data *= topk_mask(linear.weight.abs(), 0.03)
+    save_pretrained(model, tmp_path, compact=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", bert_min.COMPACT_FILE}
+    wanted, loaded = model.state_dict(), from_pretrained(tmp_path, None).state_dict()
+    assert all(torch.allclose(loaded[name], wanted[name], rtol=2 ** -11) for name in wanted)
+    packed = load_safetensors(tmp_path / bert_min.COMPACT_FILE)
+    parts = [tensor for name, tensor in packed.items() if name.endswith((".kept", ".values"))]
+    whole = sum(linear.weight.nbytes for linear in encoder_linears(model).values())
+    assert len(parts) == 24 and sum(part.nbytes for part in parts) < whole / 12
+
+
+@pytest.mark.parametrize("change", [
+    lambda kept, values: (kept[:-1], values), lambda kept, values: (kept, values[:-1]),
+    lambda kept, values: (kept | 1, values), lambda kept, values: (kept.half(), values),
+    lambda kept, values: (kept, values * math.inf)])
+def test_damaged_compact_files_are_refused(change, tmp_path):
+    """Bits or values that are too few, bits without values, bits that are no bytes, infinities."""
+    model, path = BertClassifier(TINY), tmp_path / bert_min.COMPACT_FILE
+    model.bert.encoder.layer[1].output.dense.weight.data[0, 7] = 0  # the last bit of a byte
+    save_pretrained(model, tmp_path, compact=True)
+    tensors, name = load_safetensors(path), "bert.encoder.layer.1.output.dense.weight"
+    parts = f"{name}.kept", f"{name}.values"
+    tensors |= zip(parts, change(*(tensors[part] for part in parts)))
+    save_safetensors(tensors, path)
+    with pytest.raises(ValueError, match=f"damaged, {name} has"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
