@@ -199,7 +199,7 @@ class Layer(nn.Module):
         self.output = ProjectAddNorm(config, neurons)
 
     def forward(self, x, key_mask, queries):
-        """queries: x, or those of its tokens whose output is wanted; all tokens are keys."""
+        """queries: x, or only its first tokens, whose output is wanted; all tokens are keys."""
         x = self.attention["output"](self.attention["self"](x, key_mask, queries), queries)
         return self.output(F.gelu(self.intermediate["dense"](x)), x)  # (B, T, F) to (B, T, D)
 
@@ -287,8 +287,7 @@ class SparseLayer(nn.Module):
         super().__init__()
         attention = layer.attention["self"]
         self.shape = attention.shape
-        self.query = SparseLinear(attention.query)
-        self.key_value = SparseLinear(attention.key, attention.value)
+        self.query_key_value = SparseLinear(attention.query, attention.key, attention.value)
         self.project = SparseLinear(layer.attention["output"].dense)
         self.widen = SparseLinear(layer.intermediate["dense"])
         self.narrow = SparseLinear(layer.output.dense)
@@ -296,16 +295,15 @@ class SparseLayer(nn.Module):
 
     def forward(self, x, key_mask, queries):
         count, length, size = queries.shape  # B, Q, D
-        residual = feature_major(queries)  # (D, B Q)
-        q = self.query(residual).view(*self.shape, count, length).permute(2, 0, 3, 1)
-        k, v = (self.key_value(feature_major(x)).view(2, *self.shape, count, x.size(1))
-                .permute(0, 3, 1, 2, 4))  # (B, H, D/H, T) each; q is (B, H, Q, D/H)
-        scores = q / math.sqrt(q.size(-1)) @ k  # (B, H, Q, T)
-        if key_mask is not None:
+        q, k, v = (self.query_key_value(feature_major(x)).view(3, *self.shape, count, x.size(1))
+                   .permute(0, 3, 1, 2, 4))  # (B, H, D/H, T) each
+        q = q[..., :length].transpose(-1, -2) / math.sqrt(q.size(2))  # (B, H, Q, D/H)
+        scores = q @ k  # (B, H, Q, T)
+        if key_mask is not None and not key_mask.all():
             scores += torch.where(key_mask, 0.0, -torch.inf)
         context = v @ scores.softmax(-1).transpose(-1, -2)  # (B, H, D/H, Q)
         context = context.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (D, B Q)
-        x = norm_columns(residual + self.project(context), self.norms[0])
+        x = norm_columns(feature_major(queries) + self.project(context), self.norms[0])
         x = norm_columns(x + self.narrow(F.gelu(self.widen(x))), self.norms[1])
         return x.view(size, count, length).permute(1, 2, 0)  # (B, Q, D), still feature-major
 

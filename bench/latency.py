@@ -1,0 +1,156 @@
+"""Latency of a pruned model: what `bert_min` makes of its zeros, or of its missing heads and
+neurons, beside transformers' dense forward.
+
+Run:  pip install -r bench/requirements.txt
+      python bench/latency.py runs/sst2-0.97-seed0           a finished run of cap_min.py
+      python bench/latency.py MODEL                          a model's folder, or random-base for
+                                                             random weights in BERT-base's sizes:
+                                                             pruned by magnitude to 97 %
+Writes results/latency-NAME.json and prints it as a table. The columns:
+    transformers fp32, bf16   the dense model: the pruned weights as they are, zeros included, or,
+                              where heads and neurons are gone, the fine-tuned one of full size
+    ours                      bert_min.to_sparse of the run's model, fp32: CSR where little is left
+One form is timed for a while, then the next, in several rounds; a figure is the median over the
+rounds of a round's median, a ratio the median of the rounds' ratios: read ratios. All is done
+with one thread and with all: on a shared machine a second core comes and goes."""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import bert_min  # noqa: E402
+import cap_min  # noqa: E402
+from throughput import processor  # noqa: E402
+
+
+def folders(run, scratch):
+    """(pruned model's folder, dense model's folder for transformers) of what the command names."""
+    if not (Path(run) / "record.json").exists():
+        model = (bert_min.BertClassifier(bert_min.BertConfig()) if run == "random-base"
+                 else bert_min.from_pretrained(run))
+        cap_min.add_masks(model, None)
+        cap_min.set_masks(model, 0.03)
+        bert_min.save_pretrained(cap_min.apply_masks(model), scratch / "magnitude")
+        return scratch / "magnitude", scratch / "magnitude"
+    record = json.loads((Path(run) / "record.json").read_text(encoding="utf-8"))
+    teacher = Path(record["config"]["teacher"] or Path(run) / "teacher")
+    structured = record["config"]["method"] == "structured"
+    return Path(run) / "model", teacher if structured else Path(run) / "model"
+
+
+def file_sizes(folder, scratch):
+    """Bytes of the weight file and of its encoder matrices: as fp32 would be, as it is, compact."""
+    model = bert_min.from_pretrained(folder, None)
+    bert_min.save_pretrained(model, scratch / "compact", compact=True)
+    whole = cap_min.sparsity_report(model)["weights"]
+    sizes = {"encoder matrices, dense fp32": 4 * whole}
+    for name, path in (("plain", folder / "model.safetensors"),
+                       ("compact", scratch / "compact" / bert_min.COMPACT_FILE)):
+        matrices = [tensor for key, tensor in bert_min.load_safetensors(path).items()
+                    if key.startswith("bert.encoder.")
+                    and (tensor.ndim == 2 or key.endswith((".kept", ".values")))]
+        sizes |= {f"{name} file": path.stat().st_size,
+                  f"encoder matrices, {name}": sum(tensor.nbytes for tensor in matrices)}
+    return sizes
+
+
+def forms(pruned, dense, device):
+    """{name: function of (input_ids, attention_mask) to logits}."""
+    theirs = AutoModelForSequenceClassification.from_pretrained(dense).eval().to(device)
+    model = bert_min.from_pretrained(pruned, None).eval().to(device)
+    ours = bert_min.to_sparse(model) if device.type == "cpu" else model
+
+    def autocast(ids, mask):
+        with torch.autocast(device.type, torch.bfloat16):
+            return theirs(input_ids=ids, attention_mask=mask).logits
+
+    return {"transformers fp32": lambda ids, mask: theirs(input_ids=ids, attention_mask=mask).logits,
+            "transformers bf16": autocast,
+            "ours": lambda ids, mask: ours(ids, mask)[0]}, model
+
+
+def median_ms(function, device, seconds):
+    """Median time of a call, of as many as fit into `seconds`, at least 3, after 2 to warm up."""
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def measure(options, device):
+    """The record: sizes, and for each batch and length {form: ms}, ratios, logit difference."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pruned, dense = folders(options.run, Path(scratch))
+        sizes = file_sizes(pruned, Path(scratch))
+        functions, reference = forms(pruned, dense, device)
+    rows = []
+    for threads, batch, length in itertools.product(
+            options.threads, options.batches, options.lengths):
+        if length > reference.config.max_position_embeddings:
+            continue
+        torch.set_num_threads(threads)
+        ids = torch.randint(1, reference.config.vocab_size, (batch, length), device=device)
+        mask = torch.ones_like(ids)
+        times = {name: [] for name in functions}
+        for _ in range(options.rounds):
+            for name, function in functions.items():
+                times[name].append(median_ms(lambda: function(ids, mask), device, options.seconds))
+        ms = {name: statistics.median(values) for name, values in times.items()}
+        ratios = {name: statistics.median(other / mine for other, mine in
+                                          zip(times[name], times["ours"])) for name in times}
+        difference = (functions["ours"](ids, mask) - reference(ids, mask)[0]).abs().max().item()
+        rows.append({"threads": threads, "batch": batch, "length": length, "ms": ms,
+                     "ratios": ratios, "difference": difference})
+        print(f"{threads} threads, batch {batch}, length {length}: ours {ms['ours']:.2f} ms, "
+              + ", ".join(f"{name} {ms[name]:.2f} ms ({ratios[name]:.2f} x ours)"
+                          for name in list(functions)[:2])
+              + f", logits differ by {difference:.0e}", flush=True)
+    return {"what": Path(options.run).name, "processor": processor(), "rounds": options.rounds,
+            "sparsity": cap_min.sparsity_report(reference)["total"],
+            "layer_sizes": reference.config.layer_sizes, "bytes": sizes, "rows": rows,
+            **cap_min.provenance(device)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Latency of a pruned model.")
+    parser.add_argument("run", help="run folder of cap_min.py, model folder, or random-base")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 384])
+    parser.add_argument("--threads", type=int, nargs="+",
+                        default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5, help="a form in a round, at least")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="of the JSON; default: that of the run's folder")
+    options = parser.parse_args()
+    cap_min.keep_freed_memory()
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    with torch.inference_mode():
+        record = measure(options, device)
+    for name, size in record["bytes"].items():
+        print(f"{name}: {size / 1e6:.2f} MB")
+    if device.type == "cuda":
+        print("on CUDA unstructured zeros gain nothing: ours is the dense forward there")
+    path = ROOT / "results" / f"latency-{options.name or Path(options.run).name}.json"
+    cap_min.write_json(record, path)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
