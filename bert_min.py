@@ -321,9 +321,10 @@ def norm_columns(x, norm):
 
 
 def to_sparse(model):
-    """A copy of a pruned `BertClassifier` for inference on the CPU, with the same forward: layers
-    of which at most SPARSE_DENSITY is left compute with CSR matrices, the others stay dense."""
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    """A copy of a pruned `BertClassifier` for inference on the CPU, not to be saved or trained,
+    with the same forward: layers of which at most SPARSE_DENSITY is left compute with CSR
+    matrices, the others stay dense."""
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     layers = model.bert.encoder["layer"]
     for i, layer in enumerate(layers):
         weights = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
@@ -428,8 +429,12 @@ def save_pretrained(model, path, compact=False):
     matrices as `pack` makes them, in a file that `from_pretrained` here reads alone."""
     Path(path).mkdir(parents=True, exist_ok=True)
     model.config.to_json(Path(path) / "config.json")
-    tensors = pack(model.state_dict()) if compact else model.state_dict()
-    save_safetensors(tensors, Path(path) / (COMPACT_FILE if compact else "model.safetensors"))
+    name, other = "model.safetensors", COMPACT_FILE
+    tensors = model.state_dict()
+    if compact:
+        name, other, tensors = COMPACT_FILE, "model.safetensors", pack(tensors)
+    save_safetensors(tensors, Path(path) / name)
+    (Path(path) / other).unlink(missing_ok=True)  # of another model
 
 
 COMPACT_FILE = "model_compact.safetensors"
@@ -458,8 +463,8 @@ def unpack(tensors, expected, source):
         bits = np.unpackbits(kept.numpy()) if kept.dtype == torch.uint8 else np.empty(0)
         if (len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel()
                 or not values.isfinite().all()):
-            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values for "
-                             f"{int(bits.sum())} of {weight.numel()} weights")
+            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values, not all finite"
+                             f" or not those of its {weight.numel()} weights that are kept")
         weight.view(-1)[torch.from_numpy(bits[:weight.numel()]).bool()] = values.float()
         tensors[name] = weight
     return tensors

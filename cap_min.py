@@ -2,8 +2,9 @@
 encoder weights, and let contrastive terms against its own ancestors keep what they knew.
 
 Paper:  Xu et al., "From Dense to Sparse: Contrastive Pruning for Better Pre-trained Language Model
-        Compression" (arXiv 2112.07198, AAAI 2022). The criterion is movement (Sanh et al., arXiv
-        2005.07683) or magnitude, with an exact top-k in each matrix.
+        Compression" (arXiv 2112.07198, AAAI 2022). Under its losses: CAP-m and CAP-soft (movement,
+        Sanh et al., arXiv 2005.07683), magnitude, CAP-f (heads and neurons by Taylor importance,
+        Michel et al., arXiv 1905.10650).
 Run:    python cap_min.py                                   the demo, in 3 minutes on a laptop
         python cap_min.py --task mnli --sparsity 0.97       the published recipe
 
@@ -370,22 +371,24 @@ def make_optimizer(model, args, total):
         optimizer, lambda step: linear_lr(step, total, warmup_steps(args, total)))
 
 
-def train(model, data, loss_terms, args, log, epochs, set_density=None, after_epoch=None):
+def train(model, data, loss_terms, args, log, epochs, set_density=None, after_epoch=None,
+          first_epoch=0):
     """Train `model` on `data`: the one loop of the dense teacher and of the pruned model.
 
     loss_terms(logits, pooled, batch) -> {name: scalar}, whose sum is minimised.
     set_density(step, total) -> share of weights kept: sets the masks before each step.
-    after_epoch(epoch) -> {...}, entered in the log. ValueError if the loss is not finite, which
-    is looked at every LOG_EVERY steps."""
+    after_epoch(epoch) -> {...}, entered in the log. first_epoch: number of the first one, for the
+    order of the data and the log; the schedule begins anew. ValueError if the loss is not finite,
+    which is looked at every LOG_EVERY steps."""
     device = model.classifier.weight.device
     dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
     total = epochs * steps
     optimizer, schedule = make_optimizer(model, args, total)
     progress = Progress(total, args.batch_size, device)
     model.train()
-    for epoch in range(epochs):
+    for epoch in range(first_epoch, first_epoch + epochs):
         for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch)):
-            step = epoch * steps + i
+            step = (epoch - first_epoch) * steps + i
             kept = 1.0 if set_density is None else set_density(step, total)
             batch = move(batch, device)
             with autocast(device, dtype):
@@ -405,13 +408,14 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
             schedule.step()
             optimizer.zero_grad()
             if to_log:
-                log({"step": step, "epoch": epoch, "kept": kept, "lr": lr,
+                log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, "lr": lr,
                      "loss": sum(values.values()), **values, "gradient_share": shares,
                      **progress.show(step, kept, values, lr)})
         if sys.stdout.isatty():
             print()  # the step line stays
         if after_epoch is not None:
-            log({"step": step, "epoch": epoch, "kept": kept, **after_epoch(epoch)})
+            log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept,
+                 **after_epoch(epoch)})
 
 
 class Progress:
@@ -430,7 +434,8 @@ class Progress:
         seconds = (now - self.last_time) / (step - self.last_step)
         left = (now - self.start) / (step + 1) * (self.total - step - 1)
         self.last_time, self.last_step = now, step
-        terms = " ".join(f"{name} {value:.2f}" for name, value in values.items())
+        terms = " ".join(f"{name} {value:.2f}"[:len(name) + 5].rstrip(".")
+                         for name, value in values.items())
         line = (f"{step + 1}/{self.total} | {kept:.1%} | {sum(values.values()):.2f} = {terms} | "
                 f"{lr:.1e} | {1000 * seconds:.0f}, {self.batch_size / seconds:.0f}, "
                 f"{peak_memory(self.device) / 1e9:.1f} | {timedelta(seconds=int(left))}")
@@ -493,7 +498,7 @@ def first_banks(args, data, model, teacher):
     pre-trained model nor the teacher ever changes."""
     names = [name for name in ("prc", "snc", "fic") if name not in args.without]
     pooled = encode(teacher, data, args.compute_dtype)  # (N, D)
-    snapshots = max(args.epochs, len(stages(args))) - 1
+    snapshots = (len(stages(args)) if args.method == "structured" else args.epochs) - 1
     banks = Banks(names, len(data), pooled.size(1), snapshots, pooled.device)
     if "fic" in names:
         banks.add("fic", pooled)
@@ -502,60 +507,66 @@ def first_banks(args, data, model, teacher):
     return banks, teacher.classifier(pooled).detach()
 
 
+def set_masks_at(model, args, step, total):
+    """The masks of `step`, eq. (3). Returns the share of weights kept and, for CAP-soft, its
+    threshold, the share over it, and whether exactly k are kept all the same, as at the end.
+    NOTE deviation: CAP-soft's density is not left to its penalty but stays below eq. (3)."""
+    warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
+    kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+    if args.method != "soft":
+        set_masks(model, kept)
+        return kept, 0.0, None, True
+    threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
+    exact = step >= total - cool
+    over = set_soft_masks(model, threshold, kept, exact)
+    return kept if exact else min(kept, over), threshold, over, exact
+
+
 def prune(args, data, dev_sets, model, banks, teacher_logits, log):
     """CAP: the pre-trained `model`, pruned. Returns it, with the pruned weights at 0 or removed,
-    and its density {"before_cut", "after_cut"}; the two differ for CAP-soft alone."""
+    and the share of weights over CAP-soft's threshold just before its cut to exactly k, or None."""
     torch.manual_seed(args.seed)
-    device = teacher_logits.device
+    device, structured = teacher_logits.device, args.method == "structured"
     epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
+    last_epoch = args.epochs * len(stages(args)) - 1
+    threshold, over = 0.0, None
 
     def loss_terms(logits, pooled, batch):
         count = min(args.extra, len(data))
         extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
-        return cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
-
-    def end_epoch(model, title, snapshot):
-        if snapshot and "snc" in banks.bank:
-            banks.add("snc", encode(model, data, args.compute_dtype))
-        scores = evaluate(model, args, epoch_dev, args.compute_dtype)
-        print(f"{title}, dev: {show_scores(scores)}", flush=True)
-        return {"dev": scores}
-
-    prune_it = prune_in_stages if args.method == "structured" else prune_by_masks
-    return prune_it(args, data, model, loss_terms, end_epoch,
-                    lambda entry: log({"phase": "prune", **entry}))
-
-
-def prune_by_masks(args, data, model, loss_terms, end_epoch, log):
-    """One run in which ever more weights are masked, eq. (3). NOTE deviation: CAP-soft's density,
-    which its penalty alone would set, stays below eq. (3): what is over the threshold is cut to
-    this share at each step, not only at the end."""
-    add_masks(model, None if args.method == "magnitude" else args.score_init)
-    density, threshold = {}, 0.0
+        terms = cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
+        if args.method == "soft":
+            penalty = args.penalty * threshold / SOFT_THRESHOLD
+            terms["l1"] = penalty * mean_sigmoid(model)  # eq. (8), CAP-soft
+        return terms
 
     def set_density(step, total):
-        nonlocal threshold
-        warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
-        kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
-        if args.method == "soft":
-            threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
-            final = step >= total - cool
-            density["before_cut"] = set_soft_masks(model, threshold, kept, exact=final)
-            return kept if final else min(kept, density["before_cut"])
-        set_masks(model, kept)
+        nonlocal threshold, over
+        if structured:
+            return left
+        kept, threshold, share, exact = set_masks_at(model, args, step, total)
+        over = over if exact else share
         return kept
 
-    def soft_terms(*arguments):  # eq. (8), the penalty of CAP-soft
-        penalty = args.penalty * threshold / SOFT_THRESHOLD
-        return {**loss_terms(*arguments), "l1": penalty * mean_sigmoid(model)}
+    def after_epoch(epoch):
+        if "snc" in banks.bank and epoch < last_epoch and (
+                not structured or (epoch + 1) % args.epochs == 0):
+            banks.add("snc", encode(model, data, args.compute_dtype))
+        scores = evaluate(model, args, epoch_dev, args.compute_dtype)
+        print(f"epoch {epoch + 1}/{last_epoch + 1}, dev: {show_scores(scores)}", flush=True)
+        return {"dev": scores}
 
-    train(model, data, soft_terms if args.method == "soft" else loss_terms, args, log, args.epochs,
-          set_density, lambda epoch: end_epoch(model, f"epoch {epoch + 1}/{args.epochs}",
-                                               snapshot=epoch < args.epochs - 1))
-    density["after_cut"] = 1 - sparsity_report(model)["total"]
-    return apply_masks(model), density
+    if not structured:
+        add_masks(model, args.score_init)
+    for stage, sparsity in enumerate(stages(args)):
+        if structured:
+            model = remove_least_important(model, data, loss_terms, args, sparsity)
+            left = 1 - sparsity_report(model)["total"]
+        train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
+              args.epochs, set_density, after_epoch, first_epoch=stage * args.epochs)
+    return model if structured else apply_masks(model), over
 
 
 # --------------------------------------------------------------- structured pruning
@@ -622,25 +633,18 @@ def remove_units(model, heads, neurons):
     return small
 
 
-def prune_in_stages(args, data, model, loss_terms, end_epoch, log):
-    """CAP-f: remove the least important heads and neurons in stages, of both the same share, and
-    train for args.epochs after each; the model of each stage is a snapshot. Returns the model and
-    its density. NOTE deviation: a layer may lose all its heads or neurons."""
-    units = model.config.num_attention_heads, model.config.intermediate_size
-    steps = args.epochs * math.ceil(len(data) / args.batch_size)
-    for stage, sparsity in enumerate(stages(args)):
-        share = (1 - sparsity) * model.config.num_hidden_layers
-        masks = [most_important(found, math.floor(share * count + 1e-6)) for found, count in
-                 zip(importance(model, data, loss_terms, args), units)]
-        model = remove_units(model, *masks)
-        model.bert.embeddings.requires_grad_(False)
-        kept, title = 1 - sparsity_report(model)["total"], f"stage {stage + 1}/{len(stages(args))}"
-        train(model, data, loss_terms, args,
-              lambda entry: log({**entry, "step": entry["step"] + stage * steps}), args.epochs,
-              lambda step, total: kept, lambda epoch: end_epoch(
-                  model, f"{title}, epoch {epoch + 1}/{args.epochs}",
-                  snapshot=epoch == args.epochs - 1 and sparsity < args.sparsity))
-    return model, {"before_cut": kept, "after_cut": kept}
+def remove_least_important(model, data, loss_terms, args, sparsity):
+    """A stage of CAP-f: the model without the least important heads and neurons, of both so many
+    that at least the share `sparsity` of those the model once had is gone. NOTE deviation: a layer
+    may lose all of them."""
+    masks, left = [], (1 - sparsity) * model.config.num_hidden_layers
+    for importances, units in zip(importance(model, data, loss_terms, args),
+                                  (model.config.num_attention_heads,
+                                   model.config.intermediate_size)):
+        masks.append(most_important(importances, math.floor(left * units + 1e-6)))
+    model = remove_units(model, *masks)
+    model.bert.embeddings.requires_grad_(False)
+    return model
 
 
 def show_scores(scores):
@@ -662,7 +666,7 @@ def is_finished(folder, config):
         before = dict(json.loads(path.read_text(encoding="utf-8").split("\n")[0])["config"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete the folder") from None
-    differing = [key for key in config if config[key] != before.get(key)]
+    differing = [key for key in config if key in before and config[key] != before[key]]
     if differing:
         raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
                          "choose another --out or delete it")
@@ -683,10 +687,18 @@ def start_log(folder, config):
 
 
 def run_config(args):
-    """All flags as JSON, but where the run lies; a path in this folder is relative to it."""
-    return {key: str(value).removeprefix(f"{HERE}{os.sep}")
-            if isinstance(value, (Path, torch.dtype)) else value
-            for key, value in vars(args).items() if key != "out"}
+    """All flags as JSON, but where the run lies and the modes; paths are relative to this file."""
+    config = {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
+              for key, value in vars(args).items() if key not in ("out", "compare", "probe")}
+    for key in ("model", "teacher", "data_dir"):
+        if config[key] and Path(config[key]).exists():  # else: a name
+            config[key] = os.path.relpath(config[key], HERE)
+    return config
+
+
+def located(name):
+    """The folder that a record calls `name`, or the name of a model to download."""
+    return HERE / name if (HERE / name).exists() else name
 
 
 def export(model, tokenizer, task, folder):
@@ -698,31 +710,29 @@ def export(model, tokenizer, task, folder):
     save_pretrained(model, folder)
 
 
-def write_record(args, data, dev_sets, results, seconds, device):
-    """record.json: all that a figure in a table must be able to show for itself."""
-    rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
-    passes = {"teacher": teacher_epochs(args), "prune": args.epochs * len(stages(args))}
-    record = {
-        "config": run_config(args), "seed": args.seed, **provenance(device),
-        "train_sha256": hashlib.sha256(rows).hexdigest(),
-        "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}},
-        **results,
-        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
-        "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
-                                for phase, epochs in passes.items() if seconds[phase]},
-        "peak_memory_bytes": peak_memory(device)}
-    write_json(record, args.out / "record.json")
-
-
-def provenance(device):
-    """What a record says of the program and the machine that made it."""
+def provenance(args, data, dev_sets, device):
+    """What a record says of the program, the machine and the data that it comes from."""
     modules = ("bert_min.py", "data_glue.py", "cap_min.py")
     source = b"".join((HERE / name).read_bytes() for name in modules)
-    return {"versions": {"python": platform.python_version(), "torch": torch.__version__,
+    rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
+    return {"config": run_config(args), "seed": args.seed,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__,
                          "machine": f"{platform.machine()}, {device.type}, "
                                     f"{torch.get_num_threads()} threads"},
-            "source_sha256": hashlib.sha256(source).hexdigest()}
+            "source_sha256": hashlib.sha256(source).hexdigest(),
+            "train_sha256": hashlib.sha256(rows).hexdigest(),
+            "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}}}
+
+
+def write_record(args, data, dev_sets, results, seconds, device):
+    """record.json: all that a figure in a table must be able to show for itself."""
+    passes = {"teacher": teacher_epochs(args), "prune": args.epochs * len(stages(args))}
+    write_json({**provenance(args, data, dev_sets, device), **results,
+                "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+                "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
+                                        for phase, epochs in passes.items() if seconds[phase]},
+                "peak_memory_bytes": peak_memory(device)}, args.out / "record.json")
 
 
 def write_json(record, path):
@@ -764,15 +774,17 @@ def print_summary(args, record):
               notes.get(name, "") if args.task == "demo" else "")
     print(f"{record['sparsity']['weights']:10,}{record['sparsity']['kept']:10,}  weights in the "
           f"encoder\n"
-          f"pruned model, for transformers too: {path.parent}, {path.stat().st_size / 1e6:.1f} MB "
-          f"with its zeros; took {timedelta(seconds=int(record['seconds']['total']))}")
+          f"pruned model, {'' if args.method == 'structured' else 'for transformers too: '}"
+          f"{path.parent}, {path.stat().st_size / 1e6:.1f} MB, took "
+          f"{timedelta(seconds=int(record['seconds']['total']))}")
 
 
 # ---------------------------------------------------------------------- command line
 
 DEMO = {"model": HERE / "demo" / "model", "epochs": 6, "batch_size": 32, "lr": 1e-3,
         "max_length": 32}
-STRUCTURED = {"epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3, "w_sup": 3.0}
+STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3,
+              "w_sup": 3.0}
 
 
 def number(kind, low, below=math.inf):
@@ -928,12 +940,17 @@ def load_fine_tuned(folder, task, config):
 
 def check_schedule(args, size):
     """ValueError unless `size` examples give the schedule room; settles --score-init auto."""
+    if args.method == "structured":
+        args.score_init = None  # there are neither scores nor a schedule of densities
+        return
     total = args.epochs * math.ceil(size / args.batch_size)
     warmup = warmup_steps(args, total)
     if warmup < 1 or total < 5 * warmup + 2:
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
                          " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
-    if args.score_init == "auto":
+    if args.method == "magnitude":
+        args.score_init = None
+    elif args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
 
@@ -968,9 +985,10 @@ def make_run(args, device, config):
     data, dev_sets = load_data(args, tokenizer, model.config)
     check_schedule(args, len(data))
     log = start_log(args.out, config)  # the input is sound: now something may be written
-    print(f"{args.task}: {len(data)} examples, {args.epochs} epochs on {device}, "
-          f"{args.compute_dtype}, {args.method}, scores from {args.score_init}, run folder "
-          f"{args.out}", flush=True)
+    start_of_scores = f", scores from {args.score_init}" if args.score_init else ""
+    print(f"{args.task}: {len(data)} examples, {args.epochs * len(stages(args))} epochs on "
+          f"{device}, {args.compute_dtype}, {args.method}{start_of_scores}, run folder {args.out}",
+          flush=True)
 
     if teacher is None:
         folder = args.out / "teacher"
@@ -983,12 +1001,14 @@ def make_run(args, device, config):
     print(f"dense, dev: {show_scores(dense)}", flush=True)
     (banks, teacher_logits), seconds["banks"] = timed(first_banks, args, data, model, teacher)
     del teacher  # all that is needed of it is cached
-    (model, density), seconds["prune"] = timed(prune, args, data, dev_sets, model, banks,
-                                               teacher_logits, log)
+    (model, over), seconds["prune"] = timed(prune, args, data, dev_sets, model, banks,
+                                            teacher_logits, log)
 
     export(model, tokenizer, args.task, args.out / "model")
     model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
     pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
+    left = 1 - sparsity["total"]
+    density = {"before_cut": left if over is None else over, "after_cut": left}
     seconds["total"] = time.perf_counter() - start
     draw_curve(args.out, dense)
     write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
@@ -1048,14 +1068,19 @@ def spread(values):
 def probe(args):
     """How much the encoders of the finished run args.probe still know: the scores on args.task of
     a linear classifier on their frozen pooled vectors, in RUN/probe_TASK.json and printed."""
-    path = args.probe / "record.json"
-    if not path.exists():
-        raise ValueError(f"{args.probe} is no finished run: {path.name} is missing")
-    config = json.loads(path.read_text(encoding="utf-8"))["config"]
-    known = HERE / config["model"]  # a path in this folder is relative to it
-    folders = {"pruned": args.probe / "model", "dense": config["teacher"] or args.probe / "teacher",
-               "pretrained": known if known.exists() else config["model"]}
-    device, tokenizer, scores = choose_device(args), load_tokenizer(args.probe / "model"), {}
+    if args.compare:
+        raise ValueError("--probe and --compare are two modes: choose one")
+    try:
+        record = json.loads((args.probe / "record.json").read_text(encoding="utf-8"))
+        config = record["config"]
+        teacher = HERE / config["teacher"] if config["teacher"] else args.probe / "teacher"
+        folders = {"pruned": args.probe / "model", "dense": teacher,
+                   "pretrained": located(config["model"])}
+        args.max_length = config["max_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{args.probe} is no finished run with a record.json") from None
+    args.model, scores = args.probe / "model", {}
+    device, tokenizer = choose_device(args), load_tokenizer(args.model)
     for name, folder in folders.items():
         model = from_pretrained(folder, max(1, len(TASKS[args.task].words))).to(device)
         if not scores:
@@ -1063,10 +1088,8 @@ def probe(args):
         fit_classifier(model, data)
         scores[name] = evaluate(model, args, dev_sets)
         print(f"{name}, dev: {show_scores(scores[name])}", flush=True)
-    record = {"task": args.task, "run": config, "examples": {
-        "train": len(data), **{split: len(dev) for split, dev in dev_sets.items()}},
-        "max_length": args.max_length, **provenance(device), **scores}
-    write_json(record, args.probe / f"probe_{args.task}.json")
+    write_json({**provenance(args, data, dev_sets, device), "run": config, **scores},
+               args.probe / f"probe_{args.task}.json")
 
 
 def fit_classifier(model, data):

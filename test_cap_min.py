@@ -957,21 +957,21 @@ def test_probe(finished, pretrained, glue, tmp_path, capsys):
                for grad in torch.autograd.grad(loss, list(model.classifier.parameters())))
     assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
     assert main(command(pretrained, glue, tmp_path, "--probe", str(pretrained))) == 2
-    assert "is no finished run: record.json is missing" in capsys.readouterr().err
+    assert "is no finished run with a record.json" in capsys.readouterr().err
 
 
 def test_step_line_fits_in_120_columns(capsys):
     """On MNLI at full length. 366,000 s since the last line are 3 s a step and 32 / 3 = 11 ex/s;
     at 1,800 s for 122,000 steps the 720 left take 10 s."""
     progress = cap_min.Progress(122_720, 32, torch.device("cpu"))
-    values = dict.fromkeys(("ce", "kd", "prc", "snc", "fic"), 9.87654)
+    values = dict.fromkeys(("ce", "kd", "prc", "snc", "fic"), 9.87654) | {"l1": 680.4}
     progress.start -= 1800
     progress.last_time -= 3 * 122_000
     progress.show(121_999, 0.123456, values, 2.9e-5)
     _, line = capsys.readouterr().out.splitlines()
     assert len(line) <= 120
-    assert re.fullmatch(r"122000/122720 \| 12.3% \| 49.38 = ce 9.88 kd 9.88 prc 9.88 snc 9.88 "
-                        r"fic 9.88 \| 2.9e-05 \| 3000, 11, \d+\.\d \| 0:00:10", line)
+    assert re.fullmatch(r"122000/122720 \| 12.3% \| 729.78 = ce 9.88 kd 9.88 prc 9.88 snc 9.88 "
+                        r"fic 9.88 l1 680 \| 2.9e-05 \| 3000, 11, \d+\.\d \| 0:00:10", line)
 
 
 # ---------------------------------------------------------------------- command line

@@ -9,7 +9,9 @@ Run:  pip install -r bench/requirements.txt
 Writes results/latency-NAME.json and prints it as a table. The columns:
     transformers fp32, bf16   the dense model: the pruned weights as they are, zeros included, or,
                               where heads and neurons are gone, the fine-tuned one of full size
-    ours                      bert_min.to_sparse of the run's model, fp32: CSR where little is left
+    ours                      bert_min.to_sparse of the run's model, fp32: CSR where little is left.
+                              Its logits are compared with transformers', or where heads and neurons
+                              are gone with those of the same weights, not in CSR
 One form is timed for a while, then the next, in several rounds; a figure is the median over the
 rounds of a round's median, a ratio the median of the rounds' ratios: read ratios. All is done
 with one thread and with all: on a shared machine a second core comes and goes."""
@@ -21,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -44,9 +47,10 @@ def folders(run, scratch):
         bert_min.save_pretrained(cap_min.apply_masks(model), scratch / "magnitude")
         return scratch / "magnitude", scratch / "magnitude"
     record = json.loads((Path(run) / "record.json").read_text(encoding="utf-8"))
-    teacher = Path(record["config"]["teacher"] or Path(run) / "teacher")
-    structured = record["config"]["method"] == "structured"
-    return Path(run) / "model", teacher if structured else Path(run) / "model"
+    if record["config"]["method"] != "structured":
+        return Path(run) / "model", Path(run) / "model"
+    teacher = record["config"]["teacher"]
+    return Path(run) / "model", ROOT / teacher if teacher else Path(run) / "teacher"
 
 
 def file_sizes(folder, scratch):
@@ -66,17 +70,19 @@ def file_sizes(folder, scratch):
 
 
 def forms(pruned, dense, device):
-    """{name: function of (input_ids, attention_mask) to logits}."""
+    """({name: function of (input_ids, attention_mask) to logits}, the pruned model)."""
     theirs = AutoModelForSequenceClassification.from_pretrained(dense).eval().to(device)
     model = bert_min.from_pretrained(pruned, None).eval().to(device)
     ours = bert_min.to_sparse(model) if device.type == "cpu" else model
 
+    def plain(ids, mask):
+        return theirs(input_ids=ids, attention_mask=mask).logits
+
     def autocast(ids, mask):
         with torch.autocast(device.type, torch.bfloat16):
-            return theirs(input_ids=ids, attention_mask=mask).logits
+            return plain(ids, mask)
 
-    return {"transformers fp32": lambda ids, mask: theirs(input_ids=ids, attention_mask=mask).logits,
-            "transformers bf16": autocast,
+    return {"transformers fp32": plain, "transformers bf16": autocast,
             "ours": lambda ids, mask: ours(ids, mask)[0]}, model
 
 
@@ -113,7 +119,9 @@ def measure(options, device):
         ms = {name: statistics.median(values) for name, values in times.items()}
         ratios = {name: statistics.median(other / mine for other, mine in
                                           zip(times[name], times["ours"])) for name in times}
-        difference = (functions["ours"](ids, mask) - reference(ids, mask)[0]).abs().max().item()
+        wanted = (reference(ids, mask)[0] if reference.config.layer_sizes else
+                  functions["transformers fp32"](ids, mask))
+        difference = (functions["ours"](ids, mask) - wanted).abs().max().item()
         rows.append({"threads": threads, "batch": batch, "length": length, "ms": ms,
                      "ratios": ratios, "difference": difference})
         print(f"{threads} threads, batch {batch}, length {length}: ours {ms['ours']:.2f} ms, "
@@ -123,7 +131,7 @@ def measure(options, device):
     return {"what": Path(options.run).name, "processor": processor(), "rounds": options.rounds,
             "sparsity": cap_min.sparsity_report(reference)["total"],
             "layer_sizes": reference.config.layer_sizes, "bytes": sizes, "rows": rows,
-            **cap_min.provenance(device)}
+            "torch": torch.__version__, "date": str(date.today())}
 
 
 def main():
@@ -136,7 +144,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="a form in a round, at least")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", help="of the JSON; default: that of the run's folder")
+    parser.add_argument("--out", type=Path, help="default: results/latency-NAME.json")
     options = parser.parse_args()
     cap_min.keep_freed_memory()
     torch.manual_seed(0)
@@ -147,7 +155,7 @@ def main():
         print(f"{name}: {size / 1e6:.2f} MB")
     if device.type == "cuda":
         print("on CUDA unstructured zeros gain nothing: ours is the dense forward there")
-    path = ROOT / "results" / f"latency-{options.name or Path(options.run).name}.json"
+    path = options.out or ROOT / "results" / f"latency-{record['what']}.json"
     cap_min.write_json(record, path)
     print(f"written to {path}")
 

@@ -208,6 +208,36 @@ def profile_table():
     return "\n".join(rows)
 
 
+def latency_table():
+    """One row for each model, batch and length: ours beside transformers, with one thread and with
+    all; under them the sizes of the files."""
+    records = [json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted(HERE.glob("latency-*.json"))]
+    threads = sorted({row["threads"] for row in records[0]["rows"]})
+    names = [f"{count} thread{'s' * (count > 1)}" for count in threads]
+    lines = [f"| model, sparsity | batch x length | {' | '.join(f'ours, {n}' for n in names)} | "
+             f"{' | '.join(f'against fp32, {n}' for n in names)} | "
+             f"{' | '.join(f'against bf16, {n}' for n in names)} | logits differ by |",
+             "|---" * (3 + 3 * len(threads)) + "|"]
+    for record in records:
+        rows = {(row["batch"], row["length"], row["threads"]): row for row in record["rows"]}
+        for batch, length in sorted({key[:2] for key in rows}):
+            found = [rows[batch, length, count] for count in threads]
+            cells = [f"{row['ms']['ours']:.1f} ms" for row in found]
+            cells += [f"{row['ratios'][f'transformers {dtype}']:.1f}"
+                      for dtype in ("fp32", "bf16") for row in found]
+            lines.append(f"| {record['what']}, {record['sparsity']:.0%} | {batch} x {length} | "
+                         f"{' | '.join(cells)} | {max(row['difference'] for row in found):.0e} |")
+    sizes = ["| encoder matrices, MB | dense fp32 | plain file | compact file |",
+             "|---|---|---|---|"]
+    for record in records:
+        found = record["bytes"]
+        sizes.append(f"| {record['what']}, {record['sparsity']:.0%} | " + " | ".join(
+            f"{found[f'encoder matrices, {name}'] / 1e6:.1f}"
+            for name in ("dense fp32", "plain", "compact")) + " |")
+    return "\n".join([*lines, "", *sizes])
+
+
 def equations():
     """[(number, what, lines of cap_min.py, tests that name it)]."""
     lines = (ROOT / "cap_min.py").read_text(encoding="utf-8").splitlines()
@@ -240,7 +270,7 @@ def render(text):
     """README's text with its tables made anew."""
     for name, table in (("demo", demo_table), ("results", results_table), ("epochs", epochs_table),
                         ("throughput", throughput_table), ("profile", profile_table),
-                        ("equations", equation_table)):
+                        ("latency", latency_table), ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda match: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
