@@ -463,8 +463,8 @@ def unpack(tensors, expected, source):
         bits = np.unpackbits(kept.numpy()) if kept.dtype == torch.uint8 else np.empty(0)
         if (len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel()
                 or not values.isfinite().all()):
-            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values, not all finite"
-                             f" or not those of its {weight.numel()} weights that are kept")
+            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values, not all "
+                             f"finite or not those of its {weight.numel()} weights that are kept")
         weight.view(-1)[torch.from_numpy(bits[:weight.numel()]).bool()] = values.float()
         tensors[name] = weight
     return tensors

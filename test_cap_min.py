@@ -274,6 +274,10 @@ def test_total_loss():
     wanted = [0.1 * math.log(2), 0.9 * 0.52325, 4 * math.log(3), 2 * math.log(4), 4 * math.log(3)]
     assert [term.item() for term in terms.values()] == pytest.approx(wanted, abs=1e-4)
     assert set(cap_terms(*cap_case(snapshots=0))) == {"ce", "kd", "prc", "fic"}
+    *case, args = cap_case(without=("prc", "snc", "fic"))
+    args.kd_temperature = 1.0  # softmax of (2 log 3, 0): (9/10, 1/10)
+    wanted = 0.9 * (0.9 * math.log(1.8) + 0.1 * math.log(0.2))
+    assert cap_terms(*case, args)["kd"].item() == pytest.approx(wanted)
 
 
 # --------------------------------------------------------------- structured pruning
@@ -281,19 +285,25 @@ def test_total_loss():
 
 def test_units_are_ranked_over_all_layers():
     """(3, 4) has norm 5 and becomes (0.6, 0.8), (0, 10) becomes (0, 1): the order is the last one,
-    0.8, 0.6, 0. Ten times larger gradients in a layer change nothing; a layer may lose all."""
+    0.8, 0.6, 0; a layer may lose all. (1, 1, 1, 1) becomes 0.5 each, (100, 200) becomes (0.45,
+    0.89): divided by their sums, or by nothing, 100 would come before a 1. Nothing stays 0."""
     importances = [tensor([3.0, 4.0]), tensor([0.0, 10.0])]
     kept = [[mask.tolist() for mask in cap_min.most_important(importances, count)]
             for count in (0, 1, 2, 3)]
     assert kept == [[[False, False], [False, False]], [[False, False], [False, True]],
                     [[False, True], [False, True]], [[True, True], [False, True]]]
+    fours, two = cap_min.most_important([torch.ones(4), tensor([100.0, 200.0])], 5)
+    assert fours.tolist() == [True] * 4 and two.tolist() == [False, True]
+    assert cap_min.most_important([torch.zeros(2), tensor([1.0, 2.0])], 2)[1].tolist() == [True] * 2
 
 
 def test_stages():
     """CAP-f prunes 10 % more at a time, last what was asked for; the others prune in one go."""
-    for sparsity, wanted in ((0.35, [0.1, 0.2, 0.3, 0.35]), (0.2, [0.1, 0.2]), (0.05, [0.05])):
+    for sparsity, wanted in ((0.35, [0.1, 0.2, 0.3, 0.35]), (0.2, [0.1, 0.2]), (0.05, [0.05]),
+                             (0.95, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])):
         args = cap_min.parse(["--method", "structured", "--sparsity", str(sparsity)])
         assert cap_min.stages(args) == wanted
+        assert cap_min.teacher_epochs(args) == min(3, 2 * len(wanted))
     assert cap_min.stages(cap_min.parse(["--sparsity", "0.9"])) == [0.9]
 
 
@@ -498,6 +508,7 @@ def test_importance_is_the_gradient_of_a_mask(vocab):
             total += per_column.view(len(total), -1).sum(1).abs()
     assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
     assert torch.allclose(neurons[1].double(), wanted[1], rtol=1e-4) and wanted[1].min() > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def removed_units():
@@ -547,8 +558,9 @@ def test_sparse_forward_is_the_dense_one(batch):
             nn.init.normal_(module.weight), nn.init.normal_(module.bias)
     sparse = bert_min.to_sparse(model)
     assert [type(layer) for layer in sparse.bert.encoder.layer] == [bert_min.SparseLayer] * 2
-    for got, wanted in zip(sparse(*batch), model.eval()(*batch)):
-        assert (got - wanted).abs().max() < 1e-12
+    for inputs in (batch, batch[:1]):
+        for got, wanted in zip(sparse(*inputs), model.eval()(*inputs)):
+            assert (got - wanted).abs().max() < 1e-12 and not got.requires_grad
     model.bert.encoder.layer[0].intermediate.dense.weight.data[:] = 1
     mixed = bert_min.to_sparse(model)
     assert [type(layer) for layer in mixed.bert.encoder.layer] == [Layer, bert_min.SparseLayer]
@@ -693,6 +705,7 @@ def test_configuration_round_trip(tmp_path):
                         num_labels=3, layer_norm_eps=1e-6)
     config.to_json(tmp_path / "config.json")
     assert BertConfig.from_json(tmp_path / "config.json") == config
+    assert "layer_sizes" not in (tmp_path / "config.json").read_text()
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.num_labels == 3 and theirs.hidden_size == 24 and theirs.layer_norm_eps == 1e-6
@@ -810,7 +823,13 @@ def test_recipe():
     a learning rate each; the encoder's matrices have scores, the embeddings are frozen. There are
     at most 30 flags."""
     args = cap_min.parse(["--task", "mnli"])
-    assert len(vars(args)) <= 30
+    assert len(vars(args)) - 1 <= 30  # all but kd_temperature are flags
+    assert (args.kd_temperature, args.penalty) == (2, 680)
+    stages = cap_min.parse(["--task", "mnli", "--method", "structured", "--w-sup", "4"])
+    assert (stages.sparsity, stages.epochs, stages.batch_size, stages.lr, stages.w_unsup,
+            stages.w_sup, stages.kd_temperature) == (0.9, 2, 16, 2e-5, 0.3, 4, 1)
+    stages = cap_min.parse(["--method", "structured"])
+    assert (stages.epochs, stages.batch_size, stages.lr) == (2, 32, 1e-3)
     demo = cap_min.parse(["--epochs", "3"])  # the demo has a model and defaults of its own
     assert (demo.task, demo.epochs, demo.max_length, demo.lr) == ("demo", 3, 32, 1e-3)
     assert cap_min.run_config(demo)["model"] == "demo/model"
@@ -903,9 +922,11 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     """The penalty is lambda(t) mean sigmoid(S), where lambda(t) grows with the threshold: 0 in the
     22 dense steps of 120, then 5000 (1 - (1 - 1/65)^3), and 5000 from step 87 on; the mean is
     0.68 at the start, where S = |W| / std(W), and falls. From step 87 on exactly k of all 4096
-    weights are left. Eq. (8)."""
+    weights are left; before, at most d(t). Eq. (8)."""
     monkeypatch.setattr(cap_min, "LOG_EVERY", 1)
-    out = tmp_path / "soft"
+    out, set_soft_masks, given = tmp_path / "soft", cap_min.set_soft_masks, []
+    monkeypatch.setattr(cap_min, "set_soft_masks", lambda model, *arguments: given.append(arguments)
+                        or set_soft_masks(model, *arguments))
     assert main(command(pretrained, glue, out, "--method", "soft", "--penalty", "5000",
                         "--mask-lr", "0.1")) == 0
     record = json.loads((out / "record.json").read_text())
@@ -916,17 +937,27 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     assert 0.68 > steps[86]["l1"] / 5000 > steps[119]["l1"] / 5000 > 0
     assert min(steps[i]["kept"] for i in range(87)) < 0.1 and steps[87]["kept"] == 1 - 0.9
     assert record["density"]["before_cut"] < 0.1
+    assert given[22] == (0, 1, False) and given[87] == (0.1, 1 - 0.9, True) == given[119]
+    assert given[30][:2] == pytest.approx((0.1 * (1 - (1 - 8 / 65) ** 3),
+                                           0.1 + 0.9 * (1 - 8 / 65) ** 3))
     assert record["sparsity"]["kept"] == round(0.1 * 4096)
     assert record["density"]["after_cut"] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_structured_run(pretrained, glue, tmp_path):
+def test_structured_run(pretrained, glue, tmp_path, monkeypatch):
     """At 25 %, floor(0.75 * 4) = 3 of 4 heads and 48 of 64 neurons are left after the stages of 10
-    and 20 %: 3 stages of an epoch. The files are that much smaller, the record counts what is
-    gone, and the stages before the last are snapshots."""
-    out = tmp_path / "structured"
-    options = ("--method", "structured", "--sparsity", "0.25", "--epochs", "1")
-    assert main(command(pretrained, glue, out, *options)) == 0
+    and 20 %: 3 stages of 2 epochs of 27 batches, each with batches of its own. The files are that
+    much smaller, the record counts what is gone, the embeddings are as they were, and the stages
+    before the last are snapshots."""
+    out, add, snapshots, seen = tmp_path / "structured", Banks.add, [], []
+    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: snapshots.append(name)
+                        or add(banks, name, pooled))
+    monkeypatch.setattr(cap_min, "batches", lambda *arguments: seen.append(arguments[3])
+                        or batches(*arguments))
+    options = ("--method", "structured", "--sparsity", "0.25", "--epochs", "2")
+    assert main(command(pretrained, glue, out, *options, "--batch-size", "12")) == 0
+    assert snapshots == ["fic", "prc", "snc", "snc"]
+    assert seen == [0, 1, 2, 0, 0, 1, 0, 2, 3, 0, 4, 5]  # teacher; importance and 2 epochs, thrice
     record = json.loads((out / "record.json").read_text())
     assert record["sparsity"]["total"] == 0.25 == 1 - record["density"]["after_cut"]
     model = from_pretrained(out / "model", None)
@@ -934,15 +965,25 @@ def test_structured_run(pretrained, glue, tmp_path):
     assert sum(layer.weight.numel() for layer in encoder_linears(model).values()) == 0.75 * 4096
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     stages = [line for line in lines if line.get("phase") == "prune" and "dev" in line]
-    assert [line["step"] for line in stages] == [39, 79, 119]
-    assert stages[0]["kept"] > stages[1]["kept"] > stages[2]["kept"] == 0.75
-    assert record["seconds"]["teacher"] and record["examples_per_second"]["prune"]
+    assert [line["step"] for line in stages] == [26, 53, 80, 107, 134, 161]
+    assert [line["epoch"] for line in stages] == [0, 1, 2, 3, 4, 5]
+    assert stages[0]["kept"] > stages[2]["kept"] > stages[4]["kept"] == 0.75
+    assert record["examples_per_second"]["prune"] == pytest.approx(
+        6 * 320 / record["seconds"]["prune"], rel=0.05)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.state_dict()[name], from_pretrained(pretrained, 2).state_dict()[name])
 
 
-def test_probe(finished, pretrained, glue, tmp_path, capsys):
-    """A linear classifier on frozen pooled vectors of each encoder; its loss, cross-entropy and
-    1e-4 |W|^2, is at its minimum: the gradient is 0. Only a finished run can be probed."""
+def test_probe(finished, pretrained, glue, tmp_path, capsys, monkeypatch):
+    """A linear classifier on frozen pooled vectors of each encoder, found from the current
+    directory or another one; its loss, cross-entropy and 1e-4 |W|^2, is at its minimum: the
+    gradient is 0. Only a finished run can be probed."""
+    folders = []
+    monkeypatch.setattr(cap_min, "from_pretrained", lambda folder, *labels: folders.append(
+        Path(folder).resolve()) or from_pretrained(folder, *labels))
+    monkeypatch.chdir(tmp_path)
     assert main(command(pretrained, glue, tmp_path, "--probe", str(finished))) == 0
+    assert folders == [finished / "model", finished / "teacher", pretrained]
     record = json.loads((finished / "probe_sst2.json").read_text())
     assert record["dense"]["accuracy"] == 1 and record["examples"]["train"] == 320
     assert 0.4 <= record["pretrained"]["accuracy"] < 1 and "accuracy" in record["pruned"]
@@ -951,9 +992,13 @@ def test_probe(finished, pretrained, glue, tmp_path, capsys):
         load("sst2", "train", glue), WordPiece(pretrained / "vocab.txt"), 16)
     before = copy.deepcopy(model.bert.state_dict())
     cap_min.fit_classifier(model, data)
+    dev_sets = {"dev": encode_task(load("sst2", "dev", glue), WordPiece(pretrained / "vocab.txt"),
+                                   16)}
+    assert cap_min.evaluate(model, cap_min.parse(["--task", "sst2"]), dev_sets) == record[
+        "pretrained"]
     loss = cap_min.task_loss(model.classifier(encode(model, data)), data.labels)
     loss = loss + 1e-4 * model.classifier.weight.square().sum()
-    assert all(grad.abs().max() < 1e-3
+    assert all(grad.abs().max() < 1e-5
                for grad in torch.autograd.grad(loss, list(model.classifier.parameters())))
     assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
     assert main(command(pretrained, glue, tmp_path, "--probe", str(pretrained))) == 2
@@ -1135,18 +1180,27 @@ def test_compact_files(finished, tmp_path):
     for linear in encoder_linears(model).values():
         linear.weight.data *= topk_mask(linear.weight.abs(), 0.03)
     save_pretrained(model, tmp_path, compact=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", bert_min.COMPACT_FILE}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", bert_min.COMPACT_FILE} != {"config.json", "model.safetensors"}
     wanted, loaded = model.state_dict(), from_pretrained(tmp_path, None).state_dict()
     assert all(torch.allclose(loaded[name], wanted[name], rtol=2 ** -11) for name in wanted)
     packed = load_safetensors(tmp_path / bert_min.COMPACT_FILE)
     parts = [tensor for name, tensor in packed.items() if name.endswith((".kept", ".values"))]
     whole = sum(linear.weight.nbytes for linear in encoder_linears(model).values())
     assert len(parts) == 24 and sum(part.nbytes for part in parts) < whole / 12
+    odd = BertClassifier(BertConfig(**{**vars(TINY), "hidden_size": 6, "intermediate_size": 3}))
+    for compact in (False, True, False):  # one file of weights at a time; 18 bits are 3 bytes
+        save_pretrained(odd, tmp_path, compact)
+        assert len(list(tmp_path.iterdir())) == 2
+        got = from_pretrained(tmp_path).state_dict()
+        assert all(torch.allclose(got[name], p, rtol=2 ** -11, atol=1e-7)
+                   for name, p in odd.state_dict().items())
 
 
 @pytest.mark.parametrize("change", [
     lambda kept, values: (kept[:-1], values), lambda kept, values: (kept, values[:-1]),
     lambda kept, values: (kept | 1, values), lambda kept, values: (kept.half(), values),
+    lambda kept, values: (kept, torch.cat([values, values[:1]])),
     lambda kept, values: (kept, values * math.inf)])
 def test_damaged_compact_files_are_refused(change, tmp_path):
     """Bits or values that are too few, bits without values, bits that are no bytes, infinities."""
@@ -1177,7 +1231,10 @@ def test_a_pickle_that_would_run_code_never_runs(pretrained, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"hidden_size": "16"}', '{"hidden_act": "relu"}',
                                   '{"model_type": "roberta"}', '{"num_attention_heads": 5}',
                                   '{"id2label": 3}', '{"vocab_size": 0}',
-                                  '{"hidden_dropout_prob": "x"}', '{"pad_token_id": 40000}'])
+                                  '{"hidden_dropout_prob": "x"}', '{"pad_token_id": 40000}',
+                                  *('{"num_hidden_layers": 2, "layer_sizes": [[12, 0], %s]}' % sizes
+                                    for sizes in ("[13, 1], [1, 1]", "[13, 1]", "[1, -1]",
+                                                  "[1.0, 1]", "[1]"))])
 def test_configurations_of_other_models_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json: not a BERT configuration"):
