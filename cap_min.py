@@ -562,6 +562,8 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log):
         add_masks(model, args.score_init)
     for stage, sparsity in enumerate(stages(args)):
         if structured:
+            print(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go",
+                  flush=True)
             model = remove_least_important(model, data, loss_terms, args, sparsity)
             left = 1 - sparsity_report(model)["total"]
         train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),

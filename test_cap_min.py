@@ -545,7 +545,7 @@ def test_removed_units_compute_as_masked_ones(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [toy_batch(), tuple(x[:1] for x in toy_batch())])
-def test_sparse_forward_is_the_dense_one(batch):
+def test_sparse_forward_is_the_dense_one(batch, monkeypatch):
     """CSR matrices, feature-major activations and LayerNorm by columns give the same logits and
     pooled vectors, with padding, in both layers of which a tenth is left; a dense one is kept as
     it is, and so is the model that was given."""
@@ -565,6 +565,12 @@ def test_sparse_forward_is_the_dense_one(batch):
     mixed = bert_min.to_sparse(model)
     assert [type(layer) for layer in mixed.bert.encoder.layer] == [Layer, bert_min.SparseLayer]
     assert (mixed(*batch)[0] - model(*batch)[0]).abs().max() < 1e-12
+    kept = sum(int(linear.weight.count_nonzero())
+               for name, linear in encoder_linears(model).items() if ".layer.1." in name)
+    for share, kind in ((kept / 2048, bert_min.SparseLayer), (kept / 2048 - 1e-4, Layer)):
+        monkeypatch.setattr(bert_min, "SPARSE_DENSITY", share)
+        assert type(bert_min.to_sparse(model).bert.encoder.layer[1]) is kind
+    monkeypatch.undo()
     masked, small = removed_units()
     assert (bert_min.to_sparse(small)(*batch)[0] - masked(*batch)[0]).abs().max() < 1e-12
 
@@ -925,6 +931,9 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     weights are left; before, at most d(t). Eq. (8)."""
     monkeypatch.setattr(cap_min, "LOG_EVERY", 1)
     out, set_soft_masks, given = tmp_path / "soft", cap_min.set_soft_masks, []
+    add, snapshots = Banks.add, []
+    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: snapshots.append(name)
+                        or add(banks, name, pooled))
     monkeypatch.setattr(cap_min, "set_soft_masks", lambda model, *arguments: given.append(arguments)
                         or set_soft_masks(model, *arguments))
     assert main(command(pretrained, glue, out, "--method", "soft", "--penalty", "5000",
@@ -937,6 +946,7 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     assert 0.68 > steps[86]["l1"] / 5000 > steps[119]["l1"] / 5000 > 0
     assert min(steps[i]["kept"] for i in range(87)) < 0.1 and steps[87]["kept"] == 1 - 0.9
     assert record["density"]["before_cut"] < 0.1
+    assert snapshots == ["fic", "prc", "snc", "snc"]  # none after the last of 3 epochs
     assert given[22] == (0, 1, False) and given[87] == (0.1, 1 - 0.9, True) == given[119]
     assert given[30][:2] == pytest.approx((0.1 * (1 - (1 - 8 / 65) ** 3),
                                            0.1 + 0.9 * (1 - 8 / 65) ** 3))
@@ -992,6 +1002,10 @@ def test_probe(finished, pretrained, glue, tmp_path, capsys, monkeypatch):
         load("sst2", "train", glue), WordPiece(pretrained / "vocab.txt"), 16)
     before = copy.deepcopy(model.bert.state_dict())
     cap_min.fit_classifier(model, data)
+    found = model.classifier.weight.detach().clone()
+    nn.init.normal_(model.classifier.weight)
+    cap_min.fit_classifier(model, data)
+    assert torch.equal(model.classifier.weight, found)
     dev_sets = {"dev": encode_task(load("sst2", "dev", glue), WordPiece(pretrained / "vocab.txt"),
                                    16)}
     assert cap_min.evaluate(model, cap_min.parse(["--task", "sst2"]), dev_sets) == record[
