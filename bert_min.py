@@ -68,12 +68,17 @@ class BertConfig:
             raise ValueError(f"{self.num_attention_heads} heads do not divide {self.hidden_size}")
         if self.pad_token_id >= self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary")
-        full = [[self.num_attention_heads, self.intermediate_size]] * self.num_hidden_layers
+        full = self.full_sizes
         if self.layer_sizes is not None and not (
                 len(self.layer_sizes) == len(full) and
                 all(type(n) is int and 0 <= n <= most for sizes, limits in
                     zip(self.layer_sizes, full) for n, most in zip(sizes, limits, strict=True))):
             raise ValueError(f"layer_sizes are {self.layer_sizes!r}, at most {full[0]} a layer")
+
+    @property
+    def full_sizes(self):
+        """`layer_sizes` of the model before anything is removed."""
+        return [[self.num_attention_heads, self.intermediate_size]] * self.num_hidden_layers
 
     @classmethod
     def from_json(cls, path):
@@ -211,8 +216,7 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
-        sizes = config.layer_sizes or [[config.num_attention_heads, config.intermediate_size]
-                                       ] * config.num_hidden_layers
+        sizes = config.layer_sizes or config.full_sizes
         layers = nn.ModuleList([Layer(config, heads, neurons) for heads, neurons in sizes])
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})

@@ -509,17 +509,17 @@ def first_banks(args, data, model, teacher):
 
 def set_masks_at(model, args, step, total):
     """The masks of `step`, eq. (3). Returns the share of weights kept and, for CAP-soft, its
-    threshold, the share over it, and whether exactly k are kept all the same, as at the end.
+    threshold and the share over it, None once exactly k are kept all the same, as at the end.
     NOTE deviation: CAP-soft's density is not left to its penalty but stays below eq. (3)."""
     warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
     kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
     if args.method != "soft":
         set_masks(model, kept)
-        return kept, 0.0, None, True
+        return kept, 0.0, None
     threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
     exact = step >= total - cool
     over = set_soft_masks(model, threshold, kept, exact)
-    return kept if exact else min(kept, over), threshold, over, exact
+    return (kept, threshold, None) if exact else (min(kept, over), threshold, over)
 
 
 def prune(args, data, dev_sets, model, banks, teacher_logits, log):
@@ -546,8 +546,8 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log):
         nonlocal threshold, over
         if structured:
             return left
-        kept, threshold, share, exact = set_masks_at(model, args, step, total)
-        over = over if exact else share
+        kept, threshold, share = set_masks_at(model, args, step, total)
+        over = over if share is None else share
         return kept
 
     def after_epoch(epoch):
@@ -701,6 +701,11 @@ def run_config(args):
 def located(name):
     """The folder that a record calls `name`, or the name of a model to download."""
     return HERE / name if (HERE / name).exists() else name
+
+
+def teacher_folder(run, config):
+    """Where the teacher of the run folder `run` lies, whose record has this `config`."""
+    return located(config["teacher"]) if config["teacher"] else run / "teacher"
 
 
 def export(model, tokenizer, task, folder):
@@ -1075,8 +1080,7 @@ def probe(args):
     try:
         record = json.loads((args.probe / "record.json").read_text(encoding="utf-8"))
         config = record["config"]
-        teacher = HERE / config["teacher"] if config["teacher"] else args.probe / "teacher"
-        folders = {"pruned": args.probe / "model", "dense": teacher,
+        folders = {"pruned": args.probe / "model", "dense": teacher_folder(args.probe, config),
                    "pretrained": located(config["model"])}
         args.max_length = config["max_length"]
     except (OSError, ValueError, KeyError, TypeError):

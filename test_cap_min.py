@@ -665,12 +665,12 @@ def test_layer_is_torch_transformer_encoder_layer():
     ours = Layer(TINY, 2, 32).double().eval()
     theirs = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", layer_norm_eps=1e-12,
                                         batch_first=True, dtype=DOUBLE).eval()
-    for theirs_part, original in ((theirs.self_attn.out_proj, ours.attention.output.dense),
+    for part, original in ((theirs.self_attn.out_proj, ours.attention.output.dense),
                            (theirs.norm1, ours.attention.output.LayerNorm),
                            (theirs.linear1, ours.intermediate.dense),
                            (theirs.linear2, ours.output.dense),
                            (theirs.norm2, ours.output.LayerNorm)):
-        theirs_part.load_state_dict(original.state_dict())
+        part.load_state_dict(original.state_dict())
     qkv = [ours.attention.self.query, ours.attention.self.key, ours.attention.self.value]
     theirs.self_attn.in_proj_weight.data = torch.cat([layer.weight for layer in qkv]).data
     theirs.self_attn.in_proj_bias.data = torch.cat([layer.bias for layer in qkv]).data
@@ -924,16 +924,22 @@ def test_regression_and_pairs(pretrained, tmp_path):
     assert set(json.loads(log[-2])["gradient_share"]) == {"ce", "kd"}
 
 
-def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
+@pytest.fixture
+def banked(monkeypatch):
+    """Names of the banks to which a run adds an ancestor, in its order."""
+    names, add = [], Banks.add
+    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: names.append(name)
+                        or add(banks, name, pooled))
+    return names
+
+
+def test_soft_run(pretrained, glue, tmp_path, monkeypatch, banked):
     """The penalty is lambda(t) mean sigmoid(S), where lambda(t) grows with the threshold: 0 in the
     22 dense steps of 120, then 5000 (1 - (1 - 1/65)^3), and 5000 from step 87 on; the mean is
     0.68 at the start, where S = |W| / std(W), and falls. From step 87 on exactly k of all 4096
     weights are left; before, at most d(t). Eq. (8)."""
     monkeypatch.setattr(cap_min, "LOG_EVERY", 1)
     out, set_soft_masks, given = tmp_path / "soft", cap_min.set_soft_masks, []
-    add, snapshots = Banks.add, []
-    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: snapshots.append(name)
-                        or add(banks, name, pooled))
     monkeypatch.setattr(cap_min, "set_soft_masks", lambda model, *arguments: given.append(arguments)
                         or set_soft_masks(model, *arguments))
     assert main(command(pretrained, glue, out, "--method", "soft", "--penalty", "5000",
@@ -946,7 +952,7 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     assert 0.68 > steps[86]["l1"] / 5000 > steps[119]["l1"] / 5000 > 0
     assert min(steps[i]["kept"] for i in range(87)) < 0.1 and steps[87]["kept"] == 1 - 0.9
     assert record["density"]["before_cut"] < 0.1
-    assert snapshots == ["fic", "prc", "snc", "snc"]  # none after the last of 3 epochs
+    assert banked == ["fic", "prc", "snc", "snc"]  # none after the last of 3 epochs
     assert given[22] == (0, 1, False) and given[87] == (0.1, 1 - 0.9, True) == given[119]
     assert given[30][:2] == pytest.approx((0.1 * (1 - (1 - 8 / 65) ** 3),
                                            0.1 + 0.9 * (1 - 8 / 65) ** 3))
@@ -954,19 +960,17 @@ def test_soft_run(pretrained, glue, tmp_path, monkeypatch):
     assert record["density"]["after_cut"] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_structured_run(pretrained, glue, tmp_path, monkeypatch):
+def test_structured_run(pretrained, glue, tmp_path, monkeypatch, banked):
     """At 25 %, floor(0.75 * 4) = 3 of 4 heads and 48 of 64 neurons are left after the stages of 10
     and 20 %: 3 stages of 2 epochs of 27 batches, each with batches of its own. The files are that
     much smaller, the record counts what is gone, the embeddings are as they were, and the stages
     before the last are snapshots."""
-    out, add, snapshots, seen = tmp_path / "structured", Banks.add, [], []
-    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: snapshots.append(name)
-                        or add(banks, name, pooled))
+    out, seen = tmp_path / "structured", []
     monkeypatch.setattr(cap_min, "batches", lambda *arguments: seen.append(arguments[3])
                         or batches(*arguments))
     options = ("--method", "structured", "--sparsity", "0.25", "--epochs", "2")
     assert main(command(pretrained, glue, out, *options, "--batch-size", "12")) == 0
-    assert snapshots == ["fic", "prc", "snc", "snc"]
+    assert banked == ["fic", "prc", "snc", "snc"]
     assert seen == [0, 1, 2, 0, 0, 1, 0, 2, 3, 0, 4, 5]  # teacher; importance and 2 epochs, thrice
     record = json.loads((out / "record.json").read_text())
     assert record["sparsity"]["total"] == 0.25 == 1 - record["density"]["after_cut"]
@@ -1194,8 +1198,8 @@ def test_compact_files(finished, tmp_path):
     for linear in encoder_linears(model).values():
         linear.weight.data *= topk_mask(linear.weight.abs(), 0.03)
     save_pretrained(model, tmp_path, compact=True)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"config.json", bert_min.COMPACT_FILE} != {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model_compact.safetensors"}
     wanted, loaded = model.state_dict(), from_pretrained(tmp_path, None).state_dict()
     assert all(torch.allclose(loaded[name], wanted[name], rtol=2 ** -11) for name in wanted)
     packed = load_safetensors(tmp_path / bert_min.COMPACT_FILE)
@@ -1217,7 +1221,7 @@ def test_compact_files(finished, tmp_path):
     lambda kept, values: (kept, torch.cat([values, values[:1]])),
     lambda kept, values: (kept, values * math.inf)])
 def test_damaged_compact_files_are_refused(change, tmp_path):
-    """Bits or values that are too few, bits without values, bits that are no bytes, infinities."""
+    """Too few or too many bits or values, bits that are no bytes, infinities."""
     model, path = BertClassifier(TINY), tmp_path / bert_min.COMPACT_FILE
     model.bert.encoder.layer[1].output.dense.weight.data[0, 7] = 0  # the last bit of a byte
     save_pretrained(model, tmp_path, compact=True)

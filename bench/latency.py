@@ -49,8 +49,7 @@ def folders(run, scratch):
     record = json.loads((Path(run) / "record.json").read_text(encoding="utf-8"))
     if record["config"]["method"] != "structured":
         return Path(run) / "model", Path(run) / "model"
-    teacher = record["config"]["teacher"]
-    return Path(run) / "model", ROOT / teacher if teacher else Path(run) / "teacher"
+    return Path(run) / "model", cap_min.teacher_folder(Path(run), record["config"])
 
 
 def file_sizes(folder, scratch):
