@@ -26,17 +26,22 @@ The equations (1) to (8) are written out in README.md; each is marked here as `#
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import shutil
+import signal
 import statistics
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +50,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from bert_min import BertClassifier, from_pretrained, model_folder, save_pretrained
 from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
@@ -217,6 +224,56 @@ def sparsity_report(model):
             "matrices": {name + ".weight": 1 - kept[name] / sizes[name] for name in sizes}}
 
 
+# ----------------------------------------------------------------- several processes
+
+
+def processes():
+    """How many processes torchrun started for this run: 1 without it."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0. Process 0 alone writes and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def wait_for_all():
+    if processes() > 1:
+        distributed.barrier()
+
+
+def summed(tensor):
+    """Sum of `tensor` over all processes, in place."""
+    if processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def share(batch):
+    """The examples of a batch that are this process's: every n-th of n processes."""
+    return {name: tensor[rank()::processes()] for name, tensor in batch.items()}
+
+
+class Gather(torch.autograd.Function):
+    """From the rows (b, D) of each process's share to those of the whole batch (B, D)."""
+
+    @staticmethod
+    def forward(ctx, rows, size):
+        whole = rows.new_zeros(size, rows.size(1))
+        whole[rank()::processes()] = rows
+        return summed(whole)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[rank()::processes()] * processes(), None  # of which DDP takes the mean
+
+
+def gather(rows, size):
+    """Every process computes the loss of the whole batch, but its gradient reaches only the rows
+    of its own share: summed over processes it is the gradient that one process would have."""
+    return rows if processes() == 1 else Gather.apply(rows, size)
+
+
 # -------------------------------------------------------------------- snapshot banks
 
 
@@ -226,20 +283,24 @@ def autocast(device, dtype):
 
 def encode(model, data, dtype=torch.float32, tokens=None):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
-    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included."""
+    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
+    Of several processes each encodes every n-th batch; all have all vectors."""
     device, was_training = model.classifier.weight.device, model.training
     tokens = tokens or (2 ** 11 if device.type == "cpu" else 2 ** 16)
-    pooled = torch.empty(len(data), model.config.hidden_size, device=device)
+    pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     lengths, order = data.lengths.sort(descending=True)  # alike in length: little padding
     model.eval()
     with torch.no_grad(), autocast(device, dtype):
-        while len(order):
+        for turn in itertools.count():
+            if not len(order):
+                break
             count = max(1, tokens // int(lengths[0]))
-            batch = move(data.batch(order[:count]), device)
-            pooled[batch["index"]] = model(*inputs(batch))[1].float()
+            if turn % processes() == rank():
+                batch = move(data.batch(order[:count]), device)
+                pooled[batch["index"]] = model(*inputs(batch))[1].float()
             lengths, order = lengths[count:], order[count:]
     model.train(was_training)
-    return pooled
+    return summed(pooled)
 
 
 def move(batch, device):
@@ -250,23 +311,57 @@ def inputs(batch):
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 
 
+class Bank:
+    """Unit pooled vectors of N examples by K ancestors, in half precision. Each ancestor's (N, D)
+    is a tensor of its own, on any device or in a memory-mapped file; of one tensor (N, K, D) the
+    bank has what `contrastive_loss` asks for."""
+
+    def __init__(self):
+        self.ancestors = []
+
+    def size(self, dim):
+        return (len(self.ancestors[0]), len(self.ancestors), self.ancestors[0].size(1))[dim]
+
+    def index_select(self, dim, rows):
+        """(R, K, D) of the examples `rows` (R,), on the device of `rows`."""
+        found = [vectors.index_select(0, rows.to(vectors.device)) for vectors in self.ancestors]
+        return torch.stack(found, dim=1).to(rows.device)
+
+
 class Banks:
-    """Unit pooled vectors of the training set by the model's ancestors, in half precision."""
+    """A `Bank` for each of the names "prc", "snc", "fic" that are used."""
 
-    def __init__(self, names, size, hidden_size, snapshots, device):
-        """names: those of "prc", "snc", "fic" that are used. size: N. snapshots: room in SnC."""
-        self.filled = {name: 0 for name in names}
-        self.bank = {name: torch.empty(size, snapshots if name == "snc" else 1, hidden_size,
-                                       dtype=torch.float16, device=device) for name in names}
+    def __init__(self, names, device, keep=None):
+        """device: where the vectors lie. keep(stem, tensor) writes a tensor for a later sitting
+        and returns it as it lies in the file."""
+        self.bank, self.device, self.keep = {name: Bank() for name in names}, device, keep
 
-    def add(self, name, pooled):
-        """Append one ancestor's pooled vectors (N, D)."""
-        self.bank[name][:, self.filled[name]] = F.normalize(pooled, dim=-1).half()
-        self.filled[name] += 1
+    def add(self, name, pooled, place=0):
+        """The pooled vectors (N, D) of ancestor number `place` of a bank."""
+        vectors = F.normalize(pooled, dim=-1).half()
+        self.put(name, self.keep(f"{name}-{place}", vectors) if self.keep else vectors, place)
+
+    def put(self, name, vectors, place):
+        self.bank[name].ancestors[place:] = [vectors.to(self.device)]
 
     def items(self):
-        """(name, (N, K, D)) of the banks that hold an ancestor yet: SnC comes with epoch 2."""
-        return [(name, self.bank[name][:, :k]) for name, k in self.filled.items() if k]
+        """(name, bank) of those that hold an ancestor yet: SnC comes with epoch 2."""
+        return [(name, bank) for name, bank in self.bank.items() if bank.ancestors]
+
+
+def new_banks(args, data, model, checkpoints):
+    """Empty banks, on a GPU if they take at most half of what is free there. Elsewhere they are
+    memory-mapped files in the run folder: the system keeps in memory what fits."""
+    names = [name for name in ("prc", "snc", "fic") if name not in args.without]
+    snapshots = (len(stages(args)) if args.method == "structured" else args.epochs) - 1
+    count = sum(snapshots if name == "snc" else 1 for name in names)
+    size, device = count * len(data) * model.config.hidden_size * 2, model.classifier.weight.device
+    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
+        device = torch.device("cpu")
+    place = device if device.type == "cuda" else "memory-mapped files" if checkpoints else "memory"
+    print(f"banks: {count} x {len(data)} x {model.config.hidden_size} in half precision, "
+          f"{size / 1e9:.2f} GB, in {place}", flush=True)
+    return Banks(names, device, checkpoints.keep if checkpoints else None)
 
 
 # ------------------------------------------------------------------ contrastive loss
@@ -277,7 +372,8 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     """Unsupervised and supervised contrastive loss of a batch against one bank, eq. (4) to (7).
 
     queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: (N, K, D) unit
-    vectors. bank_labels: (N,). extra: (E,) rows of the bank, drawn without replacement.
+    vectors, a tensor or a `Bank`. bank_labels: (N,). extra: (E,) rows of the bank, drawn without
+    replacement.
     norm: "official" divides by the number of positives of the whole batch, as the published
     code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
     Returns (unsup, sup): two scalars, not weighted."""
@@ -371,36 +467,79 @@ def make_optimizer(model, args, total):
         optimizer, lambda step: linear_lr(step, total, warmup_steps(args, total)))
 
 
+def randomness(*place):
+    """All that is random in a step is a function of its place (seed, epoch, batch), so there is no
+    random state to save: a numpy generator, the same in all processes, and torch's own, which
+    dropout uses, set from it and different in each."""
+    chance = np.random.default_rng(place)
+    torch.manual_seed(int(chance.integers(2 ** 62)) + rank())
+    return chance
+
+
+class Stop:
+    """Ctrl-C or SIGTERM. Where `patient`, within a step, the first one is only noted in `asked`, so
+    that the step can be ended and saved; else it raises KeyboardInterrupt at once."""
+
+    def __init__(self):
+        self.patient = self.asked = False
+
+    def __call__(self, signal_number, frame):
+        if not self.patient or self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+STOP = Stop()
+
+
 def train(model, data, loss_terms, args, log, epochs, set_density=None, after_epoch=None,
-          first_epoch=0):
+          first_epoch=0, checkpoints=None, state=None):
     """Train `model` on `data`: the one loop of the dense teacher and of the pruned model.
 
-    loss_terms(logits, pooled, batch) -> {name: scalar}, whose sum is minimised.
-    set_density(step, total) -> share of weights kept: sets the masks before each step.
-    after_epoch(epoch) -> {...}, entered in the log. first_epoch: number of the first one, for the
-    order of the data and the log; the schedule begins anew. ValueError if the loss is not finite,
-    which is looked at every LOG_EVERY steps."""
+    loss_terms(logits, pooled, batch, chance) -> {name: scalar}, whose sum is minimised; chance is
+    what may be random in it. set_density(step, total) -> share of weights kept: sets the masks
+    before each step. after_epoch(epoch) -> {...}, entered in the log. first_epoch: number of the
+    first one, for the order of the data and the log; the schedule begins anew. state: what
+    `checkpoints` had saved of this training, to go on from. ValueError if the loss is not finite,
+    which is looked at every LOG_EVERY steps, or a weight where it would be saved."""
     device = model.classifier.weight.device
     dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
     total = epochs * steps
     optimizer, schedule = make_optimizer(model, args, total)
-    progress = Progress(total, args.batch_size, device)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    epoch, done, kept = first_epoch, 0, 1.0  # epochs, and batches of the next, that were made
+    if state:
+        epoch, done, kept = state["epoch"], state["batches"], state["kept"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def save(epoch, batches_done):
+        if checkpoints is not None:
+            check_weights(model, step)
+            checkpoints.save({"epoch": epoch, "batches": batches_done, "kept": kept,
+                              **{name: part.state_dict() for name, part in parts.items()}})
+
+    step = (epoch - first_epoch) * steps + done - 1  # the last one that was made
+    replica = model if processes() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    progress = Progress(total, args.batch_size, device, step)
     model.train()
-    for epoch in range(first_epoch, first_epoch + epochs):
-        for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch)):
+    while epoch < first_epoch + epochs:
+        STOP.patient = True
+        for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch, done), done):
             step = (epoch - first_epoch) * steps + i
+            chance = randomness(args.seed, epoch, i)
             kept = 1.0 if set_density is None else set_density(step, total)
             batch = move(batch, device)
             with autocast(device, dtype):
-                logits, pooled = model(*inputs(batch))
-            terms = loss_terms(logits.float(), pooled.float(), batch)
+                logits, own_pooled = replica(*inputs(share(batch)))
+            own_pooled = own_pooled.float()
+            terms = loss_terms(gather(logits.float(), len(batch["index"])),
+                               gather(own_pooled, len(batch["index"])), batch, chance)
             to_log = step % LOG_EVERY == 0 or step == total - 1
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
-                bad = [name for name, value in values.items() if not math.isfinite(value)]
-                if bad:
-                    raise ValueError(f"the term {bad[0]} is {values[bad[0]]} at step {step}")
-                shares = gradient_shares(terms, pooled)
+                check_terms(values, step)
+                shares = gradient_shares(terms, own_pooled)
             sum(terms.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             lr = schedule.get_last_lr()[0]
@@ -411,28 +550,53 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
                 log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, "lr": lr,
                      "loss": sum(values.values()), **values, "gradient_share": shares,
                      **progress.show(step, kept, values, lr)})
+            if STOP.asked or checkpoints is not None and checkpoints.due():
+                save(epoch, i + 1)
+            if STOP.asked:
+                raise KeyboardInterrupt
+        STOP.patient = False
         if sys.stdout.isatty():
             print()  # the step line stays
         if after_epoch is not None:
-            log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept,
-                 **after_epoch(epoch)})
+            try:
+                found = after_epoch(epoch)
+            except KeyboardInterrupt:
+                save(epoch, steps)
+                raise
+            log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, **found})
+        epoch, done = epoch + 1, 0
+    save(epoch, 0)
+
+
+def check_terms(values, step):
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the term {name} is {value} at step {step}; what was saved before is "
+                             "kept")
+
+
+def check_weights(model, step):
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite after step {step}; what was saved before is "
+                             "kept")
 
 
 class Progress:
     """The step line, under a heading that names its columns: rewritten in place on a terminal,
     elsewhere one line a minute."""
 
-    def __init__(self, total, batch_size, device):
+    def __init__(self, total, batch_size, device, last_step=-1):
         self.total, self.batch_size, self.device = total, batch_size, device
         self.start = self.last_time = time.perf_counter()
-        self.last_step, self.last_printed = -1, -math.inf
+        self.first, self.last_step, self.last_printed = last_step, last_step, -math.inf
         print("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta", flush=True)
 
     def show(self, step, kept, values, lr):
         """Print the line and return its speed: {"ms", "examples_per_second"} since the last."""
         now = time.perf_counter()
         seconds = (now - self.last_time) / (step - self.last_step)
-        left = (now - self.start) / (step + 1) * (self.total - step - 1)
+        left = (now - self.start) / (step - self.first) * (self.total - step - 1)
         self.last_time, self.last_step = now, step
         terms = " ".join(f"{name} {value:.2f}"[:len(name) + 5].rstrip(".")
                          for name, value in values.items())
@@ -471,15 +635,14 @@ def evaluate(model, args, dev_sets, dtype=torch.float32):
     return scores
 
 
-def train_teacher(args, data, model, log):
+def train_teacher(args, data, model, log, checkpoints=None, state=None):
     """Fine-tune the dense `model` on `data`."""
-    torch.manual_seed(args.seed)
 
-    def loss_terms(logits, pooled, batch):
+    def loss_terms(logits, pooled, batch, chance):
         return {"ce": task_loss(logits, batch["labels"])}
 
     train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          teacher_epochs(args))
+          teacher_epochs(args), checkpoints=checkpoints, state=state)
 
 
 def stages(args):
@@ -493,16 +656,14 @@ def teacher_epochs(args):
     return min(TEACHER_EPOCHS, args.epochs * len(stages(args)))
 
 
-def first_banks(args, data, model, teacher):
+def first_banks(args, data, model, teacher, checkpoints=None):
     """(banks with PrC and FiC filled, teacher logits (N, L)). Both are made once: neither the
     pre-trained model nor the teacher ever changes."""
-    names = [name for name in ("prc", "snc", "fic") if name not in args.without]
+    banks = new_banks(args, data, model, checkpoints)
     pooled = encode(teacher, data, args.compute_dtype)  # (N, D)
-    snapshots = (len(stages(args)) if args.method == "structured" else args.epochs) - 1
-    banks = Banks(names, len(data), pooled.size(1), snapshots, pooled.device)
-    if "fic" in names:
+    if "fic" in banks.bank:
         banks.add("fic", pooled)
-    if "prc" in names:
+    if "prc" in banks.bank:
         banks.add("prc", encode(model, data, args.compute_dtype))
     return banks, teacher.classifier(pooled).detach()
 
@@ -522,18 +683,18 @@ def set_masks_at(model, args, step, total):
     return (kept, threshold, None) if exact else (min(kept, over), threshold, over)
 
 
-def prune(args, data, dev_sets, model, banks, teacher_logits, log):
+def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=None, state=None):
     """CAP: the pre-trained `model`, pruned. Returns it, with the pruned weights at 0 or removed,
-    and the share of weights over CAP-soft's threshold just before its cut to exactly k, or None."""
-    torch.manual_seed(args.seed)
+    and the share of weights over CAP-soft's threshold just before its cut to exactly k, or None.
+    state: what `checkpoints` had saved of the pruning, to go on from."""
+    facts = {"stage": 0, "over": None} if checkpoints is None else checkpoints.facts
     device, structured = teacher_logits.device, args.method == "structured"
     epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
-    chance = np.random.default_rng(args.seed)
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
     last_epoch = args.epochs * len(stages(args)) - 1
-    threshold, over = 0.0, None
+    threshold = 0.0
 
-    def loss_terms(logits, pooled, batch):
+    def loss_terms(logits, pooled, batch, chance):
         count = min(args.extra, len(data))
         extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
         terms = cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
@@ -543,32 +704,37 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log):
         return terms
 
     def set_density(step, total):
-        nonlocal threshold, over
+        nonlocal threshold
         if structured:
             return left
         kept, threshold, share = set_masks_at(model, args, step, total)
-        over = over if share is None else share
+        facts["over"] = facts["over"] if share is None else share
         return kept
 
     def after_epoch(epoch):
+        snapshot = epoch // args.epochs if structured else epoch
         if "snc" in banks.bank and epoch < last_epoch and (
                 not structured or (epoch + 1) % args.epochs == 0):
-            banks.add("snc", encode(model, data, args.compute_dtype))
+            banks.add("snc", encode(model, data, args.compute_dtype), snapshot)
         scores = evaluate(model, args, epoch_dev, args.compute_dtype)
         print(f"epoch {epoch + 1}/{last_epoch + 1}, dev: {show_scores(scores)}", flush=True)
         return {"dev": scores}
 
     if not structured:
         add_masks(model, args.score_init)
-    for stage, sparsity in enumerate(stages(args)):
-        if structured:
+    for stage, sparsity in list(enumerate(stages(args)))[facts["stage"]:]:
+        if structured and state:
+            model = of_sizes(model, facts["layer_sizes"])  # as it was saved
+        elif structured:
             print(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go",
                   flush=True)
             model = remove_least_important(model, data, loss_terms, args, sparsity)
-            left = 1 - sparsity_report(model)["total"]
+        left = 1 - sparsity_report(model)["total"]
+        facts.update(phase="prune", stage=stage, layer_sizes=model.config.layer_sizes)
         train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
-              args.epochs, set_density, after_epoch, first_epoch=stage * args.epochs)
-    return model if structured else apply_masks(model), over
+              args.epochs, set_density, after_epoch, stage * args.epochs, checkpoints, state)
+        state = None
+    return model if structured else apply_masks(model), facts["over"]
 
 
 # --------------------------------------------------------------- structured pruning
@@ -592,13 +758,14 @@ def importance(model, data, loss_terms, args):
         neurons.append(add_mask(layer.output.dense, layer.output.dense.in_features))
     sums = [torch.zeros_like(mask) for mask in heads + neurons]
     model.eval()
-    for batch in batches(data, args.batch_size, args.seed, 0):
+    for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
         batch = move(batch, heads[0].device)
         with autocast(heads[0].device, args.compute_dtype):
-            logits, pooled = model(*inputs(batch))
-        loss = sum(loss_terms(logits.float(), pooled.float(), batch).values())
+            outputs = model(*inputs(share(batch)))
+        logits, pooled = (gather(output.float(), len(batch["index"])) for output in outputs)
+        loss = sum(loss_terms(logits, pooled, batch, randomness(args.seed, 0, i, 1)).values())
         for total, grad in zip(sums, torch.autograd.grad(loss, heads + neurons)):
-            total += grad.abs()
+            total += (summed(grad) / processes()).abs()
     for hook in hooks:
         hook.remove()
     return sums[:len(heads)], sums[len(heads):]
@@ -613,12 +780,18 @@ def most_important(importances, count):
     return mask.split([len(vector) for vector in importances])
 
 
+def of_sizes(model, layer_sizes):
+    """A new model with so many heads and neurons in each layer, else like `model`, embeddings
+    frozen."""
+    small = BertClassifier(dataclasses.replace(model.config, layer_sizes=layer_sizes))
+    small.bert.embeddings.requires_grad_(False)
+    return small.to(model.classifier.weight)  # its device and dtype
+
+
 def remove_units(model, heads, neurons):
     """A model with only the heads and neurons of these bool masks, one a layer: its matrices are
     smaller, `config.layer_sizes` tells how small, and it computes what the masked one would."""
-    sizes = [[int(kept.sum()) for kept in masks] for masks in zip(heads, neurons)]
-    small = BertClassifier(dataclasses.replace(model.config, layer_sizes=sizes))
-    small.to(model.classifier.weight)  # its device and dtype
+    small = of_sizes(model, [[int(kept.sum()) for kept in masks] for masks in zip(heads, neurons)])
     state = model.state_dict()
     for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons)):
         rows = kept_heads.repeat_interleave(model.config.hidden_size
@@ -644,16 +817,14 @@ def remove_least_important(model, data, loss_terms, args, sparsity):
                                   (model.config.num_attention_heads,
                                    model.config.intermediate_size)):
         masks.append(most_important(importances, math.floor(left * units + 1e-6)))
-    model = remove_units(model, *masks)
-    model.bert.embeddings.requires_grad_(False)
-    return model
+    return remove_units(model, *masks)
 
 
 def show_scores(scores):
     return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
 
 
-# ------------------------------------------------------------------------ run folder
+# --------------------------------------------------------- run folder and checkpoint
 
 
 def is_finished(folder, config):
@@ -675,23 +846,128 @@ def is_finished(folder, config):
     return (folder / "record.json").exists()
 
 
-def start_log(folder, config):
-    """Make the run folder with a new log.jsonl; returns log(entry), which appends a line."""
+def start_log(folder, config, size):
+    """log(entry), which appends a line to log.jsonl: to its first `size` bytes, those of what was
+    saved before a stop, or if that is None to a new file that begins with the configuration."""
     path = folder / "log.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": config}) + "\n", encoding="utf-8")
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if size is None:
+            path.write_text(json.dumps({"config": config}) + "\n", encoding="utf-8")
+        else:
+            os.truncate(path, size)
+    wait_for_all()
 
     def log(entry):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if rank() == 0:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
     return log
 
 
+class Checkpoints:
+    """What a stopped run needs to go on, in RUN/checkpoint until the run is finished. Each file is
+    written under a temporary name and renamed to STEM.SHA256.pt, where the sum is over the run's
+    configuration and the file's content: a torn or foreign file is seen, and the state before it
+    used, for the last two are kept. What stays as it is (banks, teacher logits) is written once."""
+
+    def __init__(self, run, config, minutes):
+        self.folder, self.log_path = run / "checkpoint", run / "log.jsonl"
+        self.identity = json.dumps(config, sort_keys=True).encode()
+        self.interval, self.last_time = 60 * minutes, time.monotonic()
+        self.seconds = {"teacher": 0.0, "banks": 0.0, "prune": 0.0, "total": 0.0}
+        self.facts = {"phase": "teacher", "stage": 0, "over": None, "kept": {},
+                      "seconds": self.seconds}  # what is saved beside the state of the training
+        self.last_tick = time.perf_counter()
+
+    def tick(self, phase=None):
+        """Count the time since the last call to the total and, if given, to a phase."""
+        now = time.perf_counter()
+        for name in {"total", phase or "total"}:
+            self.seconds[name] += now - self.last_tick
+        self.last_tick = now
+
+    def digest(self, path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.sha256(self.identity)).hexdigest()
+
+    def write(self, stem, content):
+        """Write tensors, numbers and the like; returns the file's name. OSError if it fails."""
+        temporary = self.folder / "writing.tmp"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            torch.save(content, temporary)
+            name = f"{stem}.{self.digest(temporary)}.pt"
+            os.replace(temporary, self.folder / name)
+        except (OSError, RuntimeError) as error:  # torch's word for a full disk is the second
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{self.folder}: {stem} could not be written "
+                          f"({str(error).splitlines()[0]})") from None
+        return name
+
+    def read(self, name, mmap=False):
+        """What was written under this name; None if it is not whole, or of another run."""
+        try:
+            if self.digest(self.folder / name) == name.split(".")[1]:
+                return torch.load(self.folder / name, map_location="cpu", mmap=mmap,
+                                  weights_only=True)
+        except OSError:
+            pass
+        print(f"{self.folder / name} is damaged, missing or of another run: not used")
+        return None
+
+    def keep(self, stem, tensor):
+        """Write a tensor that will not change; returns it, memory-mapped."""
+        name = [self.write(stem, tensor) if rank() == 0 else None]
+        if processes() > 1:
+            distributed.broadcast_object_list(name)
+        self.facts["kept"][stem] = name[0]
+        return self.read(name[0], mmap=True)
+
+    def due(self):
+        return time.monotonic() - self.last_time >= self.interval
+
+    def states(self):
+        """Names of the saved states, the newest first."""
+        return sorted((path.name for path in self.folder.glob("state-*.pt")), reverse=True)
+
+    def save(self, training=None):
+        """The facts, and the state of the training that they are about."""
+        self.tick(self.facts["phase"])
+        if rank() == 0:
+            before = self.states()
+            number = int(before[0].split(".")[0].removeprefix("state-")) + 1 if before else 0
+            self.write(f"state-{number:06}", {"facts": self.facts, "training": training,
+                                              "log_size": self.log_path.stat().st_size})
+            for name in before[1:]:
+                (self.folder / name).unlink()
+        self.last_time = time.monotonic()
+
+    def newest(self):
+        """(training, {stem: tensor} of what is kept, bytes of the log) of the newest state that is
+        whole, whose facts are taken over; (None, {}, None) if there is none."""
+        for name in self.states():
+            state = self.read(name)
+            if state is None:
+                continue
+            kept = {stem: self.read(file, mmap=True)
+                    for stem, file in state["facts"]["kept"].items()}
+            if all(tensor is not None for tensor in kept.values()):
+                self.facts, self.seconds = state["facts"], state["facts"]["seconds"]
+                return state["training"], kept, state["log_size"]
+        return None, {}, None
+
+    def remove(self):
+        """The run is finished: nothing of this is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def run_config(args):
-    """All flags as JSON, but where the run lies and the modes; paths are relative to this file."""
+    """The flags that decide what comes out, as JSON; paths are relative to this file."""
+    others = ("out", "compare", "probe", "checkpoint_minutes")
     config = {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
-              for key, value in vars(args).items() if key not in ("out", "compare", "probe")}
+              for key, value in vars(args).items() if key not in others}
     for key in ("model", "teacher", "data_dir"):
         if config[key] and Path(config[key]).exists():  # else: a name
             config[key] = os.path.relpath(config[key], HERE)
@@ -713,8 +989,10 @@ def export(model, tokenizer, task, folder):
     that a folder that has them is whole."""
     words = TASKS[task].words
     model.config.id2label = dict(enumerate(words)) if words else None
-    save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
-    save_pretrained(model, folder)
+    if rank() == 0:
+        save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
+        save_pretrained(model, folder)
+    wait_for_all()
 
 
 def provenance(args, data, dev_sets, device):
@@ -743,7 +1021,9 @@ def write_record(args, data, dev_sets, results, seconds, device):
 
 
 def write_json(record, path):
-    """Write beside `path`, then rename: a record that is there is whole."""
+    """Write beside `path`, then rename: a record that is there is whole. Process 0 alone does."""
+    if rank() > 0:
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -852,6 +1132,8 @@ def add_flags(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
+    add("--checkpoint-minutes", type=weight, default=10.0,
+        help="between two saves of the state from which the same command goes on after a stop")
     add = parser.add_argument_group("modes").add_argument
     add("--compare", type=count, nargs="?", const=1, metavar="SEEDS",
         help="instead of one run: CAP, CAP without a term, and plain pruning, for so many seeds")
@@ -894,10 +1176,14 @@ def choose_device(args):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("it is none of cuda, mps and cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
@@ -918,6 +1204,8 @@ def load_data(args, tokenizer, config):
                          f"{config.max_position_embeddings} positions")
     if TASKS[args.task].text_b is not None and config.type_vocab_size < 2:
         raise ValueError(f"{args.model} knows one segment only, {args.task} is a task of pairs")
+    if rank() > 0:
+        wait_for_all()  # process 0 first: it fills the caches
     splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
     rows = splits["train"]
     if args.max_train and args.max_train < len(rows):
@@ -925,6 +1213,8 @@ def load_data(args, tokenizer, config):
         splits["train"] = [rows[i] for i in chosen]
     data = {split: encode_task(examples, tokenizer, args.max_length)
             for split, examples in splits.items()}
+    if rank() == 0:
+        wait_for_all()
     return data.pop("train"), data
 
 
@@ -946,7 +1236,10 @@ def load_fine_tuned(folder, task, config):
 
 
 def check_schedule(args, size):
-    """ValueError unless `size` examples give the schedule room; settles --score-init auto."""
+    """ValueError unless `size` examples give the schedule room, and a batch every process an
+    example; settles --score-init auto."""
+    if args.batch_size < processes():
+        raise ValueError(f"--batch-size {args.batch_size} is less than {processes()} processes")
     if args.method == "structured":
         args.score_init = None  # there are neither scores nor a schedule of densities
         return
@@ -972,18 +1265,22 @@ def keep_freed_memory():
 def run(args):
     """Make the run that `args` ask for, unless its folder holds it finished; returns its record."""
     device, config = choose_device(args), run_config(args)
-    if is_finished(args.out, config):
+    finished = is_finished(args.out, config)
+    wait_for_all()  # all have looked before one writes
+    if finished:
         print(f"{args.out} is finished:")
     else:
         make_run(args, device, config)
+        wait_for_all()
     record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
     print_summary(args, record)
     return record
 
 
 def make_run(args, device, config):
-    """Teacher, banks, pruning, export, evaluation of the exported folder, record."""
-    start, seconds = time.perf_counter(), {"teacher": 0.0}
+    """Teacher, banks, pruning, export, evaluation of the exported folder, record: from the start,
+    or from where an earlier sitting was stopped."""
+    checkpoints = Checkpoints(args.out, config, args.checkpoint_minutes)
     source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
@@ -991,41 +1288,66 @@ def make_run(args, device, config):
     teacher = load_fine_tuned(args.teacher, args.task, model.config) if args.teacher else None
     data, dev_sets = load_data(args, tokenizer, model.config)
     check_schedule(args, len(data))
-    log = start_log(args.out, config)  # the input is sound: now something may be written
+    state, kept, log_size = checkpoints.newest()
+    log = start_log(args.out, config, log_size)  # the input is sound: now something may be written
     start_of_scores = f", scores from {args.score_init}" if args.score_init else ""
     print(f"{args.task}: {len(data)} examples, {args.epochs * len(stages(args))} epochs on "
           f"{device}, {args.compute_dtype}, {args.method}{start_of_scores}, run folder {args.out}",
           flush=True)
 
-    if teacher is None:
-        folder = args.out / "teacher"
-        if not (folder / "model.safetensors").exists():
-            teacher = copy.deepcopy(model)
-            _, seconds["teacher"] = timed(train_teacher, args, data, teacher, log)
-            export(teacher, tokenizer, args.task, folder)
-        teacher = load_fine_tuned(folder, args.task, model.config)
-    dense = evaluate(teacher.to(device), args, dev_sets)
-    print(f"dense, dev: {show_scores(dense)}", flush=True)
-    (banks, teacher_logits), seconds["banks"] = timed(first_banks, args, data, model, teacher)
-    del teacher  # all that is needed of it is cached
-    (model, over), seconds["prune"] = timed(prune, args, data, dev_sets, model, banks,
-                                            teacher_logits, log)
+    if log_size is not None:
+        print(f"goes on where it was: {checkpoints.facts['phase']}" + (
+            f", epoch {state['epoch'] + 1} after {state['batches']} batches" if state else ""),
+            flush=True)
+    if kept:
+        banks = new_banks(args, data, model, checkpoints)
+        for stem, vectors in kept.items():
+            name, _, place = stem.partition("-")
+            if name in banks.bank:
+                banks.put(name, vectors, int(place))
+        teacher_logits = kept["logits"].to(device)
+    else:
+        checkpoints.tick()
+        teacher = teacher or fine_tune(args, data, model, tokenizer, log, checkpoints, state)
+        dense = evaluate(teacher.to(device), args, dev_sets)
+        print(f"dense, dev: {show_scores(dense)}", flush=True)
+        checkpoints.tick()
+        banks, teacher_logits = first_banks(args, data, model, teacher, checkpoints)
+        checkpoints.keep("logits", teacher_logits)
+        checkpoints.facts.update(phase="banks", dense=dense)
+        checkpoints.save()
+        state, teacher = None, None  # all that is needed of it is kept
+    checkpoints.tick()
+    model, over = prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints, state)
+    finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device)
 
+
+def fine_tune(args, data, model, tokenizer, log, checkpoints, state):
+    """The teacher: a copy of `model`, fine-tuned, by way of its folder in the run folder."""
+    folder = args.out / "teacher"
+    if state or not (folder / "model.safetensors").exists():
+        teacher = copy.deepcopy(model)
+        train_teacher(args, data, teacher, log, checkpoints, state)
+        checkpoints.tick("teacher")
+        export(teacher, tokenizer, args.task, folder)
+    return load_fine_tuned(folder, args.task, model.config)
+
+
+def finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device):
+    """Export, evaluation of the exported folder, curve and record of the run."""
+    checkpoints.tick("prune")
     export(model, tokenizer, args.task, args.out / "model")
     model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
-    pruned, sparsity = evaluate(model, args, dev_sets), sparsity_report(model)
+    dense, pruned = checkpoints.facts["dense"], evaluate(model, args, dev_sets)
+    sparsity = sparsity_report(model)
     left = 1 - sparsity["total"]
     density = {"before_cut": left if over is None else over, "after_cut": left}
-    seconds["total"] = time.perf_counter() - start
-    draw_curve(args.out, dense)
-    write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
-                                        "density": density}, seconds, device)
-
-
-def timed(function, *arguments):
-    """(what it returns, seconds it took)."""
-    start = time.perf_counter()
-    return function(*arguments), time.perf_counter() - start
+    checkpoints.tick()
+    if rank() == 0:
+        draw_curve(args.out, dense)
+        write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
+                                            "density": density}, checkpoints.seconds, device)
+        checkpoints.remove()
 
 
 COMPARED = {  # run: (method, terms left out)
@@ -1062,7 +1384,8 @@ def compare(args):
     for name, runs in scores.items():
         cells = (spread([100 * found[metric] for found in runs]) for metric in metrics)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    (args.out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if rank() == 0:
+        (args.out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("", *lines, f"see {args.out}", sep="\n")
 
 
@@ -1118,25 +1441,38 @@ def fit_classifier(model, data):
 
 
 def main(argv=None):
-    """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
+    """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C or SIGTERM."""
     keep_freed_memory()
+    STOP.__init__()
+    if threading.current_thread() is threading.main_thread():  # others may not
+        signal.signal(signal.SIGINT, STOP)
+        signal.signal(signal.SIGTERM, STOP)
     try:
         args = parse(argv)
-        if args.probe:
-            probe(args)
-        elif args.compare:
-            compare(args)
-        else:
-            run(args)
-            if args.task == "demo":
-                print("next: python cap_min.py --compare    (7 such runs, one table)")
+        with contextlib.redirect_stdout(join_processes()):
+            if args.probe:
+                probe(args)
+            elif args.compare:
+                compare(args)
+            else:
+                run(args)
+                if args.task == "demo":
+                    print("next: python cap_min.py --compare    (7 such runs, one table)")
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", (str(error) or "out of memory").split("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command starts again, with the teacher if it was finished")
+        print("\nstopped; the same command goes on from what was saved")
         return 130
     return 0
+
+
+def join_processes():
+    """Under torchrun: one process of a group on this machine (gloo, or nccl where there are GPUs).
+    Returns where this process may print: process 0 to the standard output, others nowhere."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        distributed.init_process_group()
+    return sys.stdout if rank() == 0 else open(os.devnull, "w")
 
 
 if __name__ == "__main__":

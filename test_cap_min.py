@@ -249,10 +249,10 @@ def test_distillation():
 def cap_case(without=(), snapshots=1, rows=(EAST, EAST, EAST, EAST)):
     """Arguments of `cap_terms`: banks of 4 examples, of which the second is the one anchor."""
     names = [name for name in ("prc", "snc", "fic") if name not in without]
-    banks = Banks(names, 4, 2, 2, torch.device("cpu"))
+    banks = Banks(names, torch.device("cpu"))
     for name in names:
-        for _ in range(snapshots if name == "snc" else 1):
-            banks.add(name, torch.tensor(rows))
+        for place in range(snapshots if name == "snc" else 1):
+            banks.add(name, torch.tensor(rows), place)
     args = types.SimpleNamespace(w_ce=0.1, w_kd=0.9, w_unsup=0.5, w_sup=7.0, extra=2,
                                  temperature=0.1,
                                  kd_temperature=2.0, norm="official", without=list(without))
@@ -452,16 +452,17 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab):
     args = types.SimpleNamespace(without=[], epochs=3, compute_dtype=torch.float32, task="mnli",
                                  method="movement", sparsity=0.97)
     banks, logits = cap_min.first_banks(args, data, model, teacher)
-    assert [(name, bank.shape) for name, bank in banks.items()] == [("prc", (10, 1, 16)),
-                                                                    ("fic", (10, 1, 16))]
+    assert [name for name, _ in banks.items()] == ["prc", "fic"]
     snapshots = [torch.randn(10, 16), torch.randn(10, 16)]
-    for pooled in snapshots:
-        banks.add("snc", pooled)
-    got = {name: bank.float() for name, bank in banks.items()}
+    for place, pooled in [(0, snapshots[1]), (1, snapshots[0]), *enumerate(snapshots)]:
+        banks.add("snc", pooled, place)  # in a later sitting the same place is filled again
+    got = {name: bank.index_select(0, torch.arange(10)) for name, bank in banks.items()}
+    assert [bank.size(1) for _, bank in banks.items()] == [1, 2, 1]
+    assert {vectors.dtype for vectors in got.values()} == {torch.float16}
     wanted = {"prc": [encode(model, data)], "fic": [encode(teacher, data)], "snc": snapshots}
     for name, pooled in wanted.items():
         unit = nn.functional.normalize(torch.stack(pooled, dim=1), dim=-1)
-        assert torch.allclose(got[name], unit, atol=1e-3)
+        assert torch.allclose(got[name].float(), unit, atol=1e-3)
     batch = data.batch(torch.arange(10))
     assert torch.allclose(logits, teacher(*cap_min.inputs(batch))[0], atol=1e-6)
     dev_sets = {"dev": data, "dev_mm": data.head(1)}
@@ -493,7 +494,7 @@ def test_importance_is_the_gradient_of_a_mask(vocab):
     model, data = BertClassifier(TINY).double(), toy_data(vocab)
     args = types.SimpleNamespace(batch_size=4, seed=0, compute_dtype=torch.float32)
 
-    def loss_terms(logits, pooled, batch):
+    def loss_terms(logits, pooled, batch, chance):
         return {"ce": cap_min.task_loss(logits, batch["labels"])}
 
     heads, neurons = cap_min.importance(model, data, loss_terms, args)
@@ -819,7 +820,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(vocab):
     args = cap_min.parse(["--task", "sst2"])
     args.compute_dtype = torch.float32
     with pytest.raises(ValueError, match="the term kd is nan at step 0"):
-        cap_min.train(BertClassifier(TINY), toy_data(vocab), lambda logits, pooled, batch: {
+        cap_min.train(BertClassifier(TINY), toy_data(vocab), lambda logits, pooled, batch, chance: {
             "ce": pooled.sum(), "kd": pooled.sum() * math.nan}, args, print, epochs=1)
 
 
@@ -928,8 +929,8 @@ def test_regression_and_pairs(pretrained, tmp_path):
 def banked(monkeypatch):
     """Names of the banks to which a run adds an ancestor, in its order."""
     names, add = [], Banks.add
-    monkeypatch.setattr(Banks, "add", lambda banks, name, pooled: names.append(name)
-                        or add(banks, name, pooled))
+    monkeypatch.setattr(Banks, "add", lambda banks, name, *rest: names.append(name)
+                        or add(banks, name, *rest))
     return names
 
 

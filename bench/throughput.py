@@ -118,7 +118,7 @@ def dense_side(options):
     args, model, data = setup(options)
     model.bert.embeddings.requires_grad_(False)
 
-    def terms(logits, pooled, batch):
+    def terms(logits, pooled, batch, chance):
         return {"ce": cap_min.task_loss(logits, batch["labels"])}
 
     def epoch(rows):
@@ -182,12 +182,13 @@ def prune_side(options):
     return {"examples_per_second": args.epochs * len(data) / total, "parts_ms": parts,
             "contrastive_ms": contrastive_ms(args, data, banks),
             "snapshot_of_epoch": snapshot * args.epochs / (total - sum(encoding)),
-            "bank_bytes": sum(bank.nbytes for bank in banks.bank.values())}
+            "bank_bytes": sum(vectors.nbytes for _, bank in banks.items()
+                              for vectors in bank.ancestors)}
 
 
 def contrastive_ms(args, data, banks):
     """Forward and backward of the three contrastive terms, as in a step of the last epoch."""
-    device = banks.bank["prc"].device
+    device = banks.device
     labels = data.labels.to(device)
     teacher = torch.zeros(len(data), 1 + int(labels.max()), device=device)
     times = []
@@ -273,23 +274,23 @@ def growth(options):
         data = Encoded(torch.randint(1000, 30000, (rows * 16,), dtype=torch.int32),
                        torch.arange(rows + 1) * 16, torch.full((rows,), 16),
                        torch.arange(rows) % model.config.num_labels)
-        banks = cap_min.Banks(["prc", "snc", "fic"], rows, model.config.hidden_size, 4, device)
-        for name in ("prc", "fic", "snc", "snc"):
-            banks.add(name, torch.randn(rows, model.config.hidden_size, device=device))
+        banks = cap_min.Banks(["prc", "snc", "fic"], device)
+        for name, place in (("prc", 0), ("fic", 0), ("snc", 0), ("snc", 1)):
+            banks.add(name, torch.randn(rows, model.config.hidden_size, device=device), place)
         result[rows] = step_ms(args, model, data, banks)
     return result
 
 
 def step_ms(args, model, data, banks, count=60):
     """Median of the first `count` steps of `cap_min.train` with every term."""
-    device, times, chance = model.classifier.weight.device, [], np.random.default_rng(0)
+    device, times = model.classifier.weight.device, []
     labels, logits = data.labels.to(device), torch.randn(len(data), 3, device=device)
     logits = logits[:, :model.config.num_labels]
 
     class Enough(Exception):
         pass
 
-    def terms(student, pooled, batch):
+    def terms(student, pooled, batch, chance):
         extra = chance.choice(len(data), min(args.extra, len(data)), replace=False)
         return cap_min.cap_terms(student, pooled, batch, logits, banks, labels,
                                  torch.from_numpy(extra).to(device), args)

@@ -38,7 +38,7 @@ def prepare():
     banks, teacher_logits = cap_min.first_banks(args, data, model, teacher)
     cap_min.add_masks(model, "magnitude")
 
-    def loss_terms(logits, pooled, batch):
+    def loss_terms(logits, pooled, batch, chance):
         return cap_min.cap_terms(logits, pooled, batch, teacher_logits, banks, data.labels,
                                  torch.arange(ROWS), args)
 
@@ -92,7 +92,8 @@ def anchor_section(rows, q, banks, index, extra):
     own = index[ANCHOR]
     ancestors = (("PrC", "pre-trained"), ("SnC", "itself, a moment ago, with all weights"),
                  ("FiC", "fine-tuned"))
-    cosines = (q[ANCHOR] @ banks.bank[name.lower()][own, 0].float() for name, _ in ancestors)
+    cosines = (q[ANCHOR] @ banks.bank[name.lower()].index_select(0, own[None])[0, 0].float()
+               for name, _ in ancestors)
     lines = [(*both, f"{cosine.item():.3f}") for both, cosine in zip(ancestors, cosines)]
     text = paragraph(f"""In each bank (`contrastive_loss` is called once for each) the anchor meets
         the {len(index) - 1} other anchors of the batch, the ancestor's vectors of the batch's
@@ -114,7 +115,7 @@ example, by the cosine with q:
 
 def positives_section(args, rows, data, q, banks, index, extra):
     bank_rows = torch.cat([index, extra])
-    candidates = torch.cat([q, banks.bank["prc"][bank_rows, 0].float()])  # (C, D)
+    candidates = torch.cat([q, banks.bank["prc"].index_select(0, bank_rows)[:, 0].float()])  # (C, D)
     row_of = torch.cat([index, bank_rows])  # of each candidate
     s = candidates @ q[ANCHOR] / args.temperature
     s[ANCHOR] = -torch.inf  # not itself
