@@ -520,7 +520,8 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
                               **{name: part.state_dict() for name, part in parts.items()}})
 
     step = (epoch - first_epoch) * steps + done - 1  # the last one that was made
-    replica = model if processes() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    replica = model if processes() == 1 else DistributedDataParallel(
+        model, forward_sync_buffers=False)  # the masks: each process computes the same
     progress = Progress(total, args.batch_size, device, step)
     model.train()
     while epoch < first_epoch + epochs:

@@ -11,10 +11,16 @@ import http.server
 import itertools
 import json
 import math
+import os
 import pickle
+import random
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import threading
+import time
 import types
 import xml.dom.minidom
 import zipfile
@@ -816,14 +822,6 @@ def test_log_tells_each_term_and_its_share(finished):
     assert steps[-34]["kept"] > 0.1 and max(line["lr"] for line in steps) == steps[11]["lr"] == 3e-3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(vocab):
-    args = cap_min.parse(["--task", "sst2"])
-    args.compute_dtype = torch.float32
-    with pytest.raises(ValueError, match="the term kd is nan at step 0"):
-        cap_min.train(BertClassifier(TINY), toy_data(vocab), lambda logits, pooled, batch, chance: {
-            "ce": pooled.sum(), "kd": pooled.sum() * math.nan}, args, print, epochs=1)
-
-
 def test_recipe():
     """The defaults are those of the paper's MNLI: 10 epochs of 392,702 rows in batches of 32 are
     122,720 steps, scores from 0; below 30,000 steps from the magnitude. Weights and scores have
@@ -890,6 +888,159 @@ def test_run_is_reproducible_and_finished_only_once(finished, pretrained, glue, 
     assert main(command(pretrained, glue, finished, "--lr", "2e-3")) == 2
     assert "lr differ" in capsys.readouterr().err
     assert (finished / "record.json").stat().st_mtime_ns == before
+
+
+SITTINGS = """if True:
+    import glob, json, os, socket, sys, threading, time, cap_min
+
+    def stop(when, signal_number):
+        if isinstance(when, str):
+            while not glob.glob(when):
+                time.sleep(0.001)
+        else:
+            time.sleep(when)
+        os.kill(os.getpid(), signal_number)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        options, when, signal_number, processes = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(processes):
+            children.append(os.fork())
+            if children[-1] == 0:  # as torchrun would have it
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK":
+                               str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                if signal_number:
+                    threading.Thread(target=stop, args=(when, signal_number)).start()
+                os._exit(cap_min.main(options))
+        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children],
+              flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def sitting():
+    """sitting(options, when, signal, processes): exit statuses of cap_min.py in processes of their
+    own, which are sent the signal, if any, after so many seconds or when a file is there."""
+    process = subprocess.Popen([sys.executable, "-c", SITTINGS], cwd=HERE, text=True, bufsize=1,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def sitting(options, when=0, signal_number=0, processes=1):
+        process.stdin.write(json.dumps([options, when, signal_number, processes]) + "\n")
+        return json.loads(process.stdout.readline())
+
+    assert process.stdout.readline() == "ready\n"
+    yield sitting
+    process.kill()
+
+
+def log_of(run):
+    """The lines of a run's log but for its configuration and times."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines()[1:])
+    return [{key: value for key, value in line.items()
+             if key not in ("ms", "examples_per_second")} for line in lines]
+
+
+@pytest.mark.parametrize("method", ["movement", "soft", "structured"])
+def test_killed_at_any_moment_the_run_ends_the_same(method, pretrained, glue, tmp_path, sitting):
+    """Stopped at 5 random moments, by SIGKILL and between by SIGTERM and Ctrl-C, then finished:
+    the weights are those of a run without a stop, to the last bit, and the log is the same but
+    for times. What is needed to go on is gone in the end."""
+    options = ["--method", method, "--checkpoint-minutes", "0.001", "--max-train", "100"]
+    if method == "structured":
+        options += ["--sparsity", "0.25", "--epochs", "1"]
+    begun = time.perf_counter()
+    assert sitting(command(pretrained, glue, tmp_path / "whole", *options)) == [0]
+    whole, chance = time.perf_counter() - begun, random.Random(0)
+    cut, statuses = command(pretrained, glue, tmp_path / "cut", *options), []
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+        statuses += sitting(cut, whole * chance.uniform(0.1, 0.5), number)
+    assert statuses.count(0) < 3 and set(statuses) <= {-signal.SIGKILL, 130, 0}
+    assert sitting(cut) == [0] and not (tmp_path / "cut" / "checkpoint").exists()
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    for folder in ("teacher", "model"):
+        first, second = (tmp_path / run / folder / "model.safetensors" for run in ("whole", "cut"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("options", [
+    ["--epochs", "4"], ["--method", "soft", "--epochs", "1"],
+    ["--method", "structured", "--epochs", "1", "--sparsity", "0.15"]])
+def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_path, sitting):
+    """Without dropout the weights are the same but for rounding, with CAP-m after 52 steps; of the
+    13 of each epoch the last has one example, and so none for the second process. A run that one
+    process began, and was told to stop after its first snapshot, two can end."""
+    settings = json.loads((pretrained / "config.json").read_text())
+    model = shutil.copytree(pretrained, tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(
+        settings | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}))
+    options = ["--teacher", str(finished / "teacher"), "--max-train", "97", "--lr", "3e-4", *options]
+    one, two, both = (command(model, glue, tmp_path / name, *options)
+                      for name in ("one", "two", "both"))
+    assert sitting(one) == [0] and sitting(two, processes=2) == [0, 0]
+    if "4" in options:
+        snapshot = tmp_path / "both" / "checkpoint" / "snc-0.*"
+        assert sitting(both, str(snapshot), signal.SIGTERM) == [130]
+        assert sitting(both, processes=2) == [0, 0]
+    wanted = load_safetensors(tmp_path / "one" / "model" / "model.safetensors")
+    for path in tmp_path.glob("[tb]*/model/model.safetensors"):
+        torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
+
+
+def test_damaged_checkpoints_are_not_used(pretrained, glue, tmp_path, sitting, capsys):
+    """Of the two states that a kill left, the newest is used; cut short, the one before; after one
+    bit of a bank is turned, none, and none of another run. The run goes on from the state before."""
+    out = tmp_path / "run"
+    options = command(pretrained, glue, out, "--checkpoint-minutes", "0")
+    assert sitting(options, str(out / "checkpoint" / "snc-1.*"), signal.SIGKILL) == [-9]
+    args = cap_min.parse(options)
+    cap_min.choose_device(args)
+
+    def newest(**others):
+        return cap_min.Checkpoints(out, cap_min.run_config(args) | others, 1).newest()
+
+    def position():
+        return newest()[0]["epoch"] * 40 + newest()[0]["batches"]
+
+    whole = position()
+    assert 80 <= whole and len(list(out.glob("checkpoint/state-*"))) == 2
+    state = max(out.glob("checkpoint/state-*"))
+    state.write_bytes(state.read_bytes()[:-1])
+    assert position() == whole - 1 and f"{state} is damaged" in capsys.readouterr().out
+    bank = next(out.glob("checkpoint/prc-0.*"))
+    content = bank.read_bytes()
+    bank.write_bytes(content[:999] + bytes([content[999] ^ 1]) + content[1000:])
+    assert newest() == (None, {}, None)
+    bank.write_bytes(content)
+    assert newest(lr=1.0) == (None, {}, None) and position() == whole - 1
+    steps = len(log_of(out))
+    assert sitting(options) == [0] and len(log_of(out)) > steps
+
+
+def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch):
+    """The third loss is not a number: two steps are behind the newest state. A gradient that is
+    none, of sqrt(x) at 0, is seen in the weights."""
+    monkeypatch.setattr(cap_min, "LOG_EVERY", 1)
+    args, model = cap_min.parse(["--task", "sst2", "--batch-size", "2"]), BertClassifier(TINY)
+    args.compute_dtype = torch.float32
+    (tmp_path / "log.jsonl").touch()
+    checkpoints, values = cap_min.Checkpoints(tmp_path, {}, 0), iter([1, 1, math.nan])
+    with pytest.raises(ValueError, match="the term kd is nan at step 2; what was saved before"):
+        cap_min.train(model, toy_data(vocab), lambda logits, pooled, batch, chance: {
+            "ce": pooled.sum(), "kd": pooled.sum() * next(values)}, args, print, epochs=1,
+            checkpoints=checkpoints)
+    saved = checkpoints.newest()[0]
+    assert saved["batches"] == 2 and torch.equal(saved["model"]["classifier.bias"],
+                                                 model.classifier.bias)
+    with pytest.raises(ValueError, match="embeddings.weight is not finite after step 0"):
+        cap_min.train(model, toy_data(vocab), lambda logits, pooled, batch, chance: {
+            "ce": (0 * pooled.sum()).sqrt()}, args, print, epochs=1, checkpoints=checkpoints)
+    assert checkpoints.newest()[0]["batches"] == 2
 
 
 def test_compare_runs_everything_once(pretrained, glue, tmp_path, capsys):
