@@ -515,7 +515,7 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
 
     def save(epoch, batches_done):
         if checkpoints is not None:
-            check_weights(model, step)
+            check_finite(model.named_parameters(), step)
             checkpoints.save({"epoch": epoch, "batches": batches_done, "kept": kept,
                               **{name: part.state_dict() for name, part in parts.items()}})
 
@@ -539,7 +539,7 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
             to_log = step % LOG_EVERY == 0 or step == total - 1
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
-                check_terms(values, step)
+                check_finite(values.items(), step)
                 shares = gradient_shares(terms, own_pooled)
             sum(terms.values()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -569,18 +569,12 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
     save(epoch, 0)
 
 
-def check_terms(values, step):
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"the term {name} is {value} at step {step}; what was saved before is "
-                             "kept")
-
-
-def check_weights(model, step):
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} is not finite after step {step}; what was saved before is "
-                             "kept")
+def check_finite(named, step):
+    """ValueError with the name of the first number or tensor that is not finite."""
+    for name, value in named:
+        if not torch.as_tensor(value).isfinite().all():
+            raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
+                             "saved before is kept")
 
 
 class Progress:

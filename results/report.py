@@ -238,6 +238,15 @@ def latency_table():
     return "\n".join([*lines, "", *sizes])
 
 
+def banks_table():
+    """Bytes of all banks: N rows x D numbers x 2 bytes, for PrC, FiC and 9 snapshots."""
+    lines = ["| task, rows | hidden size 384 | 768 | 1024 |", "|---|---|---|---|"]
+    for task, rows in (("SST-2", 67_349), ("QQP", 363_846), ("MNLI", 392_702)):
+        cells = (f"{11 * rows * size * 2 / 1e9:.1f} GB" for size in (384, 768, 1024))
+        lines.append(f"| {task}, {rows:,}, 9 snapshots | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def equations():
     """[(number, what, lines of cap_min.py, tests that name it)]."""
     lines = (ROOT / "cap_min.py").read_text(encoding="utf-8").splitlines()
@@ -270,7 +279,8 @@ def render(text):
     """README's text with its tables made anew."""
     for name, table in (("demo", demo_table), ("results", results_table), ("epochs", epochs_table),
                         ("throughput", throughput_table), ("profile", profile_table),
-                        ("latency", latency_table), ("equations", equation_table)):
+                        ("latency", latency_table), ("banks", banks_table),
+                        ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda match: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
