@@ -831,7 +831,10 @@ def is_finished(folder, config):
             raise ValueError(f"{folder} is no run folder: choose another --out")
         return False
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8").split("\n")[0])["config"])
+        text = path.read_text(encoding="utf-8")
+        if log_header(config).startswith(text):
+            return False  # killed while it was begun
+        before = dict(json.loads(text.split("\n")[0])["config"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete the folder") from None
     differing = [key for key in config if key in before and config[key] != before[key]]
@@ -841,6 +844,10 @@ def is_finished(folder, config):
     return (folder / "record.json").exists()
 
 
+def log_header(config):
+    return json.dumps({"config": config}) + "\n"
+
+
 def start_log(folder, config, size):
     """log(entry), which appends a line to log.jsonl: to its first `size` bytes, those of what was
     saved before a stop, or if that is None to a new file that begins with the configuration."""
@@ -848,7 +855,7 @@ def start_log(folder, config, size):
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if size is None:
-            path.write_text(json.dumps({"config": config}) + "\n", encoding="utf-8")
+            path.write_text(log_header(config), encoding="utf-8")
         else:
             os.truncate(path, size)
     wait_for_all()
@@ -952,10 +959,6 @@ class Checkpoints:
                 self.facts, self.seconds = state["facts"], state["facts"]["seconds"]
                 return state["training"], kept, state["log_size"]
         return None, {}, None
-
-    def remove(self):
-        """The run is finished: nothing of this is needed any more."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def run_config(args):
@@ -1267,6 +1270,7 @@ def run(args):
     else:
         make_run(args, device, config)
         wait_for_all()
+    shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # nothing of it is needed any more
     record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
     print_summary(args, record)
     return record
@@ -1342,7 +1346,6 @@ def finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device):
         draw_curve(args.out, dense)
         write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
                                             "density": density}, checkpoints.seconds, device)
-        checkpoints.remove()
 
 
 COMPARED = {  # run: (method, terms left out)

@@ -963,6 +963,10 @@ def test_killed_at_any_moment_the_run_ends_the_same(method, pretrained, glue, tm
     assert statuses.count(0) < 3 and set(statuses) <= {-signal.SIGKILL, 130, 0}
     assert sitting(cut) == [0] and not (tmp_path / "cut" / "checkpoint").exists()
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    first, second = (json.loads((tmp_path / run / "record.json").read_text())
+                     for run in ("whole", "cut"))
+    for key in ("dense", "pruned", "density", "sparsity"):
+        assert first[key] == second[key]
     for folder in ("teacher", "model"):
         first, second = (tmp_path / run / folder / "model.safetensors" for run in ("whole", "cut"))
         assert first.read_bytes() == second.read_bytes()
@@ -979,7 +983,7 @@ def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_pat
     model = shutil.copytree(pretrained, tmp_path / "model")
     (model / "config.json").write_text(json.dumps(
         settings | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}))
-    options = ["--teacher", str(finished / "teacher"), "--max-train", "97", "--lr", "3e-4", *options]
+    options += ["--teacher", str(finished / "teacher"), "--max-train", "97", "--lr", "3e-4"]
     one, two, both = (command(model, glue, tmp_path / name, *options)
                       for name in ("one", "two", "both"))
     assert sitting(one) == [0] and sitting(two, processes=2) == [0, 0]
@@ -992,9 +996,34 @@ def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_pat
         torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_loses_nothing(number, pretrained, glue, tmp_path, sitting):
+    """Told to stop in or after its first snapshot, at the end of the first of 3 epochs of 13 steps,
+    the run saves where it is, although ten minutes are not over."""
+    options = command(pretrained, glue, tmp_path, "--max-train", "97")
+    assert sitting(options, str(tmp_path / "checkpoint" / "snc-0.*"), number) == [130]
+    args = cap_min.parse(options)
+    cap_min.choose_device(args)
+    state = cap_min.Checkpoints(tmp_path, cap_min.run_config(args), 10).newest()[0]
+    assert 13 <= state["epoch"] * 13 + state["batches"] < 39
+
+
+def test_what_is_random_is_a_function_of_its_place(monkeypatch):
+    """Seed, epoch and batch each change it; the number of the process only torch's part."""
+    def drawn(*place):
+        return cap_min.randomness(*place).random(), torch.rand(1).item()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert len({number for place in places for number in drawn(*place)}) == 8
+    first = drawn(0, 0, 0)
+    assert drawn(0, 0, 0) == first
+    monkeypatch.setattr(cap_min, "rank", lambda: 1)
+    assert drawn(0, 0, 0)[0] == first[0] and drawn(0, 0, 0)[1] != first[1]
+
+
 def test_damaged_checkpoints_are_not_used(pretrained, glue, tmp_path, sitting, capsys):
     """Of the two states that a kill left, the newest is used; cut short, the one before; after one
-    bit of a bank is turned, none, and none of another run. The run goes on from the state before."""
+    bit of a bank is turned, none, and none of another run. The run goes on from the one before."""
     out = tmp_path / "run"
     options = command(pretrained, glue, out, "--checkpoint-minutes", "0")
     assert sitting(options, str(out / "checkpoint" / "snc-1.*"), signal.SIGKILL) == [-9]
@@ -1534,5 +1563,6 @@ def test_readme_is_current():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert report.render(text) == text, "run python results/report.py"
     assert all(lines and tests for _, _, lines, tests in report.equations())
-    flags = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--help", "--no-deps", "--extra-index-url"}
+    flags = set(re.findall(r"--[a-z][a-z-]+", text)) - {
+        "--help", "--no-deps", "--extra-index-url", "--nproc-per-node"}
     assert flags <= {"--" + name.replace("_", "-") for name in vars(cap_min.parse(["--task=rte"]))}

@@ -115,7 +115,8 @@ example, by the cosine with q:
 
 def positives_section(args, rows, data, q, banks, index, extra):
     bank_rows = torch.cat([index, extra])
-    candidates = torch.cat([q, banks.bank["prc"].index_select(0, bank_rows)[:, 0].float()])  # (C, D)
+    vectors = banks.bank["prc"].index_select(0, bank_rows)[:, 0].float()
+    candidates = torch.cat([q, vectors])  # (C, D)
     row_of = torch.cat([index, bank_rows])  # of each candidate
     s = candidates @ q[ANCHOR] / args.temperature
     s[ANCHOR] = -torch.inf  # not itself
