@@ -492,10 +492,11 @@ def test_any_combination_of_terms(without):
 # --------------------------------------------------------------- structured pruning
 
 
-def test_importance_is_the_gradient_of_a_mask(vocab):
+def test_importance_is_the_gradient_of_a_mask(vocab, monkeypatch):
     """A mask m on neuron f acts as a factor on column f of the matrix that reads it, so dL/dm =
     sum_d W_df dL/dW_df; on a head, the same summed over its columns. Of 10 examples in batches of
-    4 the absolute values of three such gradients are summed."""
+    4 the absolute values of three such gradients are summed. Of two processes, each has twice the
+    gradient of its share, so half the sum counts: if that is 6 times its own, 3 times."""
     model, data = BertClassifier(TINY).double(), toy_data(vocab)
     args = types.SimpleNamespace(batch_size=4, seed=0, compute_dtype=torch.float32)
 
@@ -515,6 +516,11 @@ def test_importance_is_the_gradient_of_a_mask(vocab):
     assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
     assert torch.allclose(neurons[1].double(), wanted[1], rtol=1e-4) and wanted[1].min() > 0
     assert not any(module._forward_pre_hooks for module in model.modules())
+    for name, fake in (("processes", lambda: 2), ("share", lambda batch: batch),
+                       ("gather", lambda rows, size: rows), ("summed", lambda grad: 6 * grad)):
+        monkeypatch.setattr(cap_min, name, fake)
+    again, _ = cap_min.importance(model, data, loss_terms, args)
+    assert torch.allclose(again[1], 3 * heads[1], rtol=1e-4)
 
 
 def removed_units():
