@@ -898,11 +898,19 @@ def test_run_is_reproducible_and_finished_only_once(finished, pretrained, glue, 
 SITTINGS = """if True:
     import glob, json, os, socket, sys, threading, time, cap_min
 
-    saves, save = [], cap_min.Checkpoints.save
-    cap_min.Checkpoints.save = lambda *rest: saves.append(0) or save(*rest)
+    cap_min.LOG_EVERY, calls = 1, {"save": 0, "randomness": 0}
+
+    def counted(owner, name):
+        def count(*given, original=getattr(owner, name)):
+            calls[name] += 1
+            return original(*given)
+        setattr(owner, name, count)
+
+    counted(cap_min.Checkpoints, "save")
+    counted(cap_min, "randomness")
 
     def stop(place, seconds, signal_number):
-        while not glob.glob(place) if isinstance(place, str) else len(saves) < place:
+        while not glob.glob(place[1]) if place[0] == "file" else calls[place[0]] < place[1]:
             time.sleep(0.0001)
         time.sleep(seconds)
         os.kill(os.getpid(), signal_number)
@@ -931,13 +939,13 @@ SITTINGS = """if True:
 @pytest.fixture(scope="session")
 def sitting():
     """sitting(options, place, seconds, signal, processes): exit statuses of cap_min.py in processes
-    of their own. If there is a signal, it comes so many seconds after a place in the run: a file
-    is there, or so many states were saved."""
+    of their own. If there is a signal, it comes so many seconds after a place in the run: ("file",
+    path), ("save", so many states were saved) or ("randomness", so many steps were begun)."""
     process = subprocess.Popen([sys.executable, "-c", SITTINGS], cwd=HERE, text=True, bufsize=1,
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def sitting(options, place=0, seconds=0, number=0, processes=1):
+    def sitting(options, place=None, seconds=0, number=0, processes=1):
         process.stdin.write(json.dumps([options, place, seconds, number, processes]) + "\n")
         return json.loads(process.stdout.readline())
 
@@ -957,8 +965,8 @@ def log_of(run):
 def test_killed_at_any_moment_the_run_ends_the_same(method, pretrained, glue, tmp_path, sitting):
     """Stopped at 6 random moments, by SIGKILL and every third time by SIGTERM, then finished:
     the weights are those of a run without a stop, to the last bit, and the log is the same but
-    for times. What is needed to go on is gone in the end. Of the 82 or so states of a run, one a
-    step and a few more, some 70 are saved before the last sitting; a moment is up to 20 ms after
+    for times. What is needed to go on is gone in the end. Of the 81 or 83 states of a run, one a
+    step and a few more, some 72 are saved before the last sitting; a moment is up to 20 ms after
     the beginning of a save: in it, or in the steps that follow."""
     options = ["--method", method, "--checkpoint-minutes", "0", "--max-train", "100"]
     if method == "structured":
@@ -966,7 +974,7 @@ def test_killed_at_any_moment_the_run_ends_the_same(method, pretrained, glue, tm
     assert sitting(command(pretrained, glue, tmp_path / "whole", *options)) == [0]
     cut, chance = command(pretrained, glue, tmp_path / "cut", *options), random.Random(1)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL) * 2:
-        stopped = sitting(cut, chance.randrange(4, 20), chance.uniform(0, 0.02), number)
+        stopped = sitting(cut, ("save", 12), chance.uniform(0, 0.02), number)
         assert stopped == [130 if number == signal.SIGTERM else -signal.SIGKILL]
     assert sitting(cut) == [0] and not (tmp_path / "cut" / "checkpoint").exists()
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
@@ -996,23 +1004,29 @@ def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_pat
     assert sitting(one) == [0] and sitting(two, processes=2) == [0, 0]
     if "4" in options:
         snapshot = tmp_path / "both" / "checkpoint" / "snc-0.*"
-        assert sitting(both, str(snapshot), 0, signal.SIGTERM) == [130]
+        assert sitting(both, ("file", str(snapshot)), 0, signal.SIGTERM) == [130]
         assert sitting(both, processes=2) == [0, 0]
     wanted = load_safetensors(tmp_path / "one" / "model" / "model.safetensors")
     for path in tmp_path.glob("[tb]*/model/model.safetensors"):
         torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_stop_loses_nothing(number, pretrained, glue, tmp_path, sitting):
-    """Told to stop in or after its first snapshot, at the end of the first of 3 epochs of 13 steps,
-    the run saves where it is, although ten minutes are not over."""
-    options = command(pretrained, glue, tmp_path, "--max-train", "97")
-    assert sitting(options, str(tmp_path / "checkpoint" / "snc-0.*"), 0, number) == [130]
+@pytest.mark.parametrize("number, place, first, last", [
+    (signal.SIGINT, ("randomness", 39 + 5), 5, 12),
+    (signal.SIGTERM, ("file", "checkpoint/snc-0.*"), 13, 38)])
+def test_a_polite_stop_loses_nothing(number, place, first, last, pretrained, glue, tmp_path,
+                                     sitting):
+    """Teacher and model have 3 epochs of 13 steps. Told to stop in the fifth step of the pruning,
+    or in the snapshot after the first epoch, the run saves where it is, although ten minutes are
+    not over."""
+    options, place = command(pretrained, glue, tmp_path, "--max-train", "97"), list(place)
+    if place[0] == "file":
+        place[1] = str(tmp_path / place[1])
+    assert sitting(options, place, 0, number) == [130]
     args = cap_min.parse(options)
     cap_min.choose_device(args)
     state = cap_min.Checkpoints(tmp_path, cap_min.run_config(args), 10).newest()[0]
-    assert 13 <= state["epoch"] * 13 + state["batches"] < 39
+    assert first <= state["epoch"] * 13 + state["batches"] <= last
 
 
 def test_what_is_random_is_a_function_of_its_place(monkeypatch):
@@ -1033,7 +1047,8 @@ def test_damaged_checkpoints_are_not_used(pretrained, glue, tmp_path, sitting, c
     bit of a bank is turned, none, and none of another run. The run goes on from the one before."""
     out = tmp_path / "run"
     options = command(pretrained, glue, out, "--checkpoint-minutes", "0")
-    assert sitting(options, str(out / "checkpoint" / "snc-1.*"), 0, signal.SIGKILL) == [-9]
+    snapshot = "file", str(out / "checkpoint" / "snc-1.*")
+    assert sitting(options, snapshot, 0, signal.SIGKILL) == [-9]
     args = cap_min.parse(options)
     cap_min.choose_device(args)
 
@@ -1252,7 +1267,7 @@ def test_run_on_a_gpu(method, pretrained, glue, tmp_path, sitting):
     the task, the file is as sparse as was asked for, and scores the same on the CPU."""
     options = command(pretrained, glue, tmp_path, "--device", "cuda", "--dtype", "bf16",
                       "--method", method, "--sparsity", "0.5")
-    snapshot = str(tmp_path / "checkpoint" / "snc-0.*")
+    snapshot = "file", str(tmp_path / "checkpoint" / "snc-0.*")
     assert sitting(options, snapshot, 0, signal.SIGTERM) == [130]
     assert sitting(options) == [0]
     record = json.loads((tmp_path / "record.json").read_text())
