@@ -102,7 +102,7 @@ class BertConfig:
             known = {field.name for field in dataclasses.fields(cls)}
             return cls(**{key: value for key, value in raw.items() if key in known})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a BERT configuration ({error})") from None
+            raise ValueError(f"{path}: not a BERT configuration ({str(error):.300})") from None
 
     def to_json(self, path):
         """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
@@ -521,7 +521,8 @@ def load_safetensors(path):
             header.pop("__metadata__", None)
             header = check_header(header, size - length)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged, not a whole safetensors file ({error})") from None
+            raise ValueError(f"{path}: damaged, not a whole safetensors file "
+                             f"({str(error):.300})") from None
         tensors = {}
         for name, entry in header.items():  # one after another, as they lie in the file
             first, last = entry["data_offsets"]
@@ -540,7 +541,7 @@ def check_header(header, size):
         (first, last), shape = entry["data_offsets"], entry["shape"]
         if (len(shape) > 64 or not all(type(n) is int and n >= 0 for n in (first, last, *shape))
                 or math.prod(max(1, n) for n in shape) >= 2 ** 48):
-            raise ValueError(f"{name!r:.100} has the shape {shape} at {first}")
+            raise ValueError(f"{name!r} has the shape {shape} at {first}")
         length = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
         if first != end or last - first != length:
             raise ValueError(f"{name!r:.100} of {length} bytes is said to lie at {first} to {last}")

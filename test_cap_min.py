@@ -11,10 +11,15 @@ import http.server
 import itertools
 import json
 import math
+import os
 import pickle
+import random
 import re
+import resource
+import shutil
 import sys
 import threading
+import time
 import types
 import xml.dom.minidom
 import zipfile
@@ -1258,6 +1263,131 @@ def test_configurations_of_other_models_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json: not a BERT configuration"):
         BertConfig.from_json(tmp_path / "config.json")
+
+
+# ---------------------------------------------------------------------------- fuzzer
+
+ODD_VALUES = [0, -1, 1, 4, 2 ** 24, 2 ** 40, 2 ** 63, 10 ** 400, 1.5, math.nan, True, None, "",
+              "F16", "a\nb\ud800", [], [0], [0, 0], [2 ** 40] * 3, [1] * 10_000, {}, {"0": "a"}]
+FUZZED = ("model.safetensors", bert_min.COMPACT_FILE, "config.json", "tokenizer_config.json",
+          "vocab.txt", "train.tsv")
+LABELS = ("label", "gold_label", "is_duplicate", "score", "Quality")
+
+
+def mutate_bytes(data, rng):
+    """1 to 3 of: a byte flipped, a stretch cut out, doubled or overwritten, the end cut off."""
+    for _ in range(rng.randint(1, 3)):
+        first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        last = min(last, first + rng.choice((1, 8, 2 ** 20)))
+        odd = rng.choice([b"", bytes([rng.randrange(256)]), b"\n", b"\t", b"\r", b"\xff", b"\0",
+                          b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8", b"nan", b"9" * 5000, b"[" * 5000])
+        data = rng.choice((data[:first] + odd + data[last:], data[:last] + data[first:],
+                           data[:first] + odd + data[first + 1:], data[:first]))
+    return data
+
+
+def mutate_values(value, rng):
+    """A value somewhere inside `value`, or a name, is replaced by an odd one, moved or dropped."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    if not keys:
+        return
+    key = rng.choice(keys)
+    if isinstance(value[key], (dict, list)) and rng.random() < 0.8:
+        mutate_values(value[key], rng)
+    elif isinstance(value, dict) and rng.random() < 0.3:
+        value[rng.choice([*keys, "odd\n", key + ".kept"])] = value.pop(key)
+    else:
+        odd = value[key] + rng.choice((-1, 1, 8)) if type(value[key]) is int else 0
+        value[key] = copy.deepcopy(rng.choice([odd, value[rng.choice(keys)], *ODD_VALUES]))
+
+
+def mutate(data, name, rng):
+    """The bytes of a file, half of the JSON ones mutated as JSON, weights with a new length."""
+    length = int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else 0
+    if name.endswith((".txt", ".tsv")) or rng.random() < 0.3:
+        return mutate_bytes(data, rng)
+    header, rest = (data[8:8 + length], data[8 + length:]) if length else (data, b"")
+    if rng.random() < 0.3:
+        header = mutate_bytes(header, rng)
+    else:
+        tree = json.loads(header)
+        for _ in range(rng.randint(1, 3)):
+            mutate_values(tree, rng)
+        header = json.dumps(tree).encode()
+    return (len(header).to_bytes(8, "little") if length else b"") + header + rest
+
+
+@pytest.fixture(scope="session")
+def fuzzed(tmp_path_factory, pretrained):
+    """A folder with every file of FUZZED, and a config.json with all its fields."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    model = from_pretrained(pretrained, 3)
+    model.config.layer_sizes = model.config.full_sizes
+    save_pretrained(model, folder, compact=True)
+    data_glue.save_tokenizer(WordPiece(pretrained / "vocab.txt"), folder, 32)
+    (folder / "model.safetensors").write_bytes((pretrained / "model.safetensors").read_bytes())
+    columns = ("index label sentence sentence1 sentence2 question question1 question2 gold_label "
+               "is_duplicate score Quality premise hypothesis #1_String #2_String").split()
+    columns = [column.replace("_S", " S") for column in columns]
+    rows = [["LABEL" if column in LABELS else f"{column} {i} 中" for column in columns]
+            for i in range(4)]
+    lines = ("\t".join(row) for row in [columns, *rows])
+    (folder / "train.tsv").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def fuzz(name, seed, source, folder):
+    """Mutate one file, read it, and hold the reader to its promise."""
+    rng = random.Random(f"{name} {seed}")
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" or path.name == (
+                name if name.endswith(".safetensors") else FUZZED[seed % 2]):
+            (folder / path.name).write_bytes(path.read_bytes())
+    data = (source / name).read_bytes()
+    task = rng.choice(list(TASKS))
+    if name == "train.tsv":
+        label = rng.choice([*(TASKS[task].labels or ("2.5", "4", "nan", "1e999", "5.1")), "-"])
+        data = data.replace(b"LABEL", label.encode())
+        folder.joinpath(TASKS[task].folder).mkdir(exist_ok=True)
+    data = mutate(data, name, rng)
+    (folder / (TASKS[task].folder if name == "train.tsv" else "") / name).write_bytes(data)
+    if os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of earlier tests
+    before, start, error = peak(), time.perf_counter(), ""
+    try:
+        if name == "train.tsv":
+            load(task, "train", folder)
+        elif name.startswith(("vocab", "tokenizer")):
+            data_glue.load_tokenizer(folder)
+        else:
+            state = from_pretrained(folder, rng.choice((None, 2, 3))).state_dict()
+            assert all(tensor.isfinite().all() for tensor in state.values())
+    except (ValueError, OSError) as refusal:
+        error = str(refusal)
+    assert len(error.splitlines()) <= 1 and len(error) < 600
+    assert time.perf_counter() - start < 5
+    assert peak() - before <= 2 * len(data) + 2 ** 25
+    return bool(error)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_fuzzed_files_load_or_are_refused(name, fuzzed, tmp_path):
+    """Whatever the bytes: a result, or a ValueError or OSError of one line, within 5 seconds and
+    twice the file's memory and 32 MB. CAP_FUZZ=20 in the environment: 20 times as many cases."""
+    cases, refused = 25 * int(os.environ.get("CAP_FUZZ", 1)), 0
+    for seed in range(cases):
+        try:
+            refused += fuzz(name, seed, fuzzed, tmp_path)
+        except BaseException as error:
+            raise AssertionError(f"{name}, seed {seed}: {error!r}") from error
+        finally:
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+    assert refused >= cases / 10
 
 
 # -------------------------------------------------------------------------- download
