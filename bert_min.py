@@ -502,9 +502,9 @@ def load_bin(path):
 
 
 def is_plain(tensor):
-    """Whether it is a dense tensor of numbers that are all there, each in its own place."""
-    return (type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
-            and tensor.device.type == "cpu" and not tensor.is_nested and not tensor.is_quantized
+    """Whether it is a dense tensor of numbers that are all there; a sparse one has no storage."""
+    return (type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            and not tensor.is_nested and not tensor.is_quantized
             and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
@@ -515,7 +515,7 @@ def load_safetensors(path):
     with open(path, "rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size - 8
         try:
-            if not length <= min(size, HEADER_LIMIT):
+            if length > HEADER_LIMIT:
                 raise ValueError(f"{length} bytes of header in {size + 8}")
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
@@ -526,9 +526,9 @@ def load_safetensors(path):
         tensors = {}
         for name, entry in header.items():  # one after another, as they lie in the file
             first, last = entry["data_offsets"]
-            raw = np.empty(last - first, np.uint8)  # MemoryError, not torch's RuntimeError
-            file.readinto(raw)
-            flat = torch.from_numpy(raw).view(DTYPES[entry["dtype"]])
+            raw = np.empty(last - first + 1, np.uint8)  # torch cannot view what is empty
+            file.readinto(raw[:-1])
+            flat = torch.from_numpy(raw)[:-1].view(DTYPES[entry["dtype"]])
             tensors[name] = flat.reshape(entry["shape"])
         return tensors
 
