@@ -526,9 +526,9 @@ def load_safetensors(path):
         tensors = {}
         for name, entry in header.items():  # one after another, as they lie in the file
             first, last = entry["data_offsets"]
-            raw = np.empty(last - first + 1, np.uint8)  # torch cannot view what is empty
-            file.readinto(raw[:-1])
-            flat = torch.from_numpy(raw)[:-1].view(DTYPES[entry["dtype"]])
+            raw, dtype = np.empty(last - first, np.uint8), DTYPES[entry["dtype"]]
+            file.readinto(raw)
+            flat = torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
             tensors[name] = flat.reshape(entry["shape"])
         return tensors
 
