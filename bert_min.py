@@ -13,6 +13,7 @@ Module names follow Hugging Face's, so that `state_dict()` has the names of
 `BertForSequenceClassification` and files go both ways without a translation table.
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -32,6 +33,8 @@ warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # layers
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 # ---------------------------------------------------------------------------- config
+
+SIZE_LIMIT, LAYER_LIMIT = 2 ** 24, 200  # a config.json beyond them is damaged
 
 
 @dataclass
@@ -59,8 +62,10 @@ class BertConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < (field.default > 0)):
-                raise ValueError(f"{field.name} is {value!r}, not a positive whole number")
+            high = LAYER_LIMIT if field.name == "num_hidden_layers" else SIZE_LIMIT
+            if field.type is int and (
+                    type(value) is not int or not (field.default > 0) <= value <= high):
+                raise ValueError(f"{field.name} is {value!r}, not a whole number up to {high}")
             rate = field.type is float or (field.type == float | None and value is not None)
             if rate and (type(value) not in (int, float) or not 0 <= value <= 1):
                 raise ValueError(f"{field.name} is {value!r}, not a number from 0 to 1")
@@ -90,12 +95,14 @@ class BertConfig:
                 if raw.get(key, value) != value:
                     raise ValueError(f"{key} is {raw[key]!r}, only {value!r} is known here")
             if raw.get("id2label"):
-                raw["id2label"] = {int(i): word for i, word in raw["id2label"].items()}
+                raw["id2label"] = {int(i): str(word) for i, word in raw["id2label"].items()}
                 raw["num_labels"] = len(raw["id2label"])
+                if sorted(raw["id2label"]) != list(range(raw["num_labels"])):
+                    raise ValueError(f"id2label numbers its labels {list(raw['id2label'])}")
             known = {field.name for field in dataclasses.fields(cls)}
             return cls(**{key: value for key, value in raw.items() if key in known})
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a BERT configuration ({error})") from None
+            raise ValueError(f"{path}: not a BERT configuration ({str(error):.300})") from None
 
     def to_json(self, path):
         """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
@@ -106,7 +113,8 @@ class BertConfig:
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         raw |= {"id2label": labels, "label2id": {word: i for i, word in labels.items()},
                 "architectures": ["BertForSequenceClassification"], "model_type": "bert"}
-        Path(path).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        with replacing(path) as file:
+            file.write(json.dumps(raw, indent=2).encode() + b"\n")
 
 
 # ------------------------------------------------------------------------ embeddings
@@ -343,6 +351,7 @@ def to_sparse(model):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
+HEADER_LIMIT = 10 ** 7  # bytes; BERT-base's header has 24,000
 
 REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
 BERT_BASE_URL = f"https://huggingface.co/google-bert/bert-base-uncased/resolve/{REVISION}"
@@ -385,8 +394,8 @@ def from_pretrained(path_or_name, num_labels=2):
     Names with or without the prefix `bert.` and LayerNorm's old gamma/beta are understood;
     pre-training heads are ignored; a classifier that is absent or of another size is newly
     initialised. num_labels=None: a fine-tuned model, its classifier must be there as well.
-    ValueError, naming the first tensors, if one that must be there is missing or of another
-    shape; FileNotFoundError if a file is."""
+    ValueError, naming the first tensors, if one that must be there is missing, of another shape
+    or not finite; FileNotFoundError if a file is missing."""
     folder = model_folder(path_or_name)
     config = BertConfig.from_json(folder / "config.json")
     if num_labels not in (None, config.num_labels):
@@ -405,6 +414,10 @@ def from_pretrained(path_or_name, num_labels=2):
                          f"than config.json says: {', '.join(wrong[:3])}")
     model = BertClassifier(config)
     model.load_state_dict(fits, strict=False)
+    wrong = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{source}: damaged, {len(wrong)} tensors are not finite: "
+                         f"{', '.join(wrong[:3])}")
     ignored = [name for name in tensors if current_name(name) not in expected]
     print(f"{source}: loaded {len(fits)} tensors ({sum(name not in tensors for name in fits)} "
           f"renamed), ignored {len(ignored)} {ignored[:2]}, newly initialised {fresh}")
@@ -463,65 +476,83 @@ def unpack(tensors, expected, source):
     tensors = dict(tensors)
     for name in [name for name in expected if name + ".kept" in tensors]:
         kept, values = tensors.pop(name + ".kept"), tensors.pop(name + ".values", torch.empty(0))
-        weight = torch.zeros(expected[name].shape)
-        bits = np.unpackbits(kept.numpy()) if kept.dtype == torch.uint8 else np.empty(0)
-        if (len(bits) != -(-weight.numel() // 8) * 8 or bits.sum() != values.numel()
-                or not values.isfinite().all()):
-            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values, not all "
-                             f"finite or not those of its {weight.numel()} weights that are kept")
-        weight.view(-1)[torch.from_numpy(bits[:weight.numel()]).bool()] = values.float()
-        tensors[name] = weight
+        count = expected[name].numel()
+        fit = kept.dtype == torch.uint8 and kept.numel() == -(-count // 8)
+        bits = np.unpackbits(kept.numpy()) if fit else np.zeros(1)
+        if not fit or bits.sum() != values.numel() or bits[count:].any():
+            raise ValueError(f"{source}: damaged, {name} has {values.numel()} values, not those of "
+                             f"its {count} weights that are kept")
+        tensors[name] = torch.zeros(expected[name].shape)
+        tensors[name].view(-1)[torch.from_numpy(bits[:count]).bool()] = values.flatten().float()
     return tensors
 
 
 def load_bin(path):
     """A pytorch_model.bin, by torch's restricted unpickler: a file cannot run code."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            odd = [name for name, tensor in tensors.items() if not is_plain(tensor)]
+        if odd:
+            raise TypeError(f"{odd[0]!r:.100}")
         return {str(name): tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
-        kind = type(error).__name__
+        kind = f"{type(error).__name__}{f': {error}' if isinstance(error, TypeError) else ''}"
         raise ValueError(f"{path}: not a weight file of tensors alone ({kind})") from None
+
+
+def is_plain(tensor):
+    """Whether it is a dense tensor of numbers that are all there; a sparse one has no storage."""
+    return (type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            and not tensor.is_nested and not tensor.is_quantized
+            and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def load_safetensors(path):
     """Read {name: tensor}. The file is 8 bytes with the length n of the header (little-endian),
     n bytes of JSON {name: {dtype, shape, data_offsets}}, then the raw data without gaps.
     ValueError, before any tensor is made, if these do not fit one another."""
-    data = bytearray(Path(path).read_bytes())
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        check_header(header, len(data) - start)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, not a whole safetensors file ({error})") from None
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        flat = raw[start + first:start + last].clone()  # a copy is aligned
-        tensors[name] = flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    with open(path, "rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size - 8
+        try:
+            if length > HEADER_LIMIT:
+                raise ValueError(f"{length} bytes of header in {size + 8}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            header = check_header(header, size - length)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged, not a whole safetensors file "
+                             f"({str(error):.300})") from None
+        tensors = {}
+        for name, entry in header.items():  # one after another, as they lie in the file
+            first, last = entry["data_offsets"]
+            raw, dtype = np.empty(last - first, np.uint8), DTYPES[entry["dtype"]]
+            file.readinto(raw)
+            flat = torch.from_numpy(raw).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.reshape(entry["shape"])
+        return tensors
 
 
 def check_header(header, size):
-    """ValueError unless the tensors fill exactly `size` bytes, each as its dtype and shape say."""
-    end = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        if not all(type(n) is int and 0 <= n < 2 ** 48 for n in (first, last, *entry["shape"])):
-            raise ValueError(f"{name} has the shape {entry['shape']} at {first}")
-        length = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+    """The header in the order of the offsets. ValueError unless the tensors fill exactly `size`
+    bytes, each as its dtype and shape say."""
+    header, end = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"])), 0
+    for name, entry in header.items():
+        (first, last), shape = entry["data_offsets"], entry["shape"]
+        if (len(shape) > 64 or not all(type(n) is int and n >= 0 for n in (first, last, *shape))
+                or math.prod(max(1, n) for n in shape) >= 2 ** 48):
+            raise ValueError(f"{name!r} has the shape {shape} at {first}")
+        length = math.prod(shape) * DTYPES[entry["dtype"]].itemsize
         if first != end or last - first != length:
-            raise ValueError(f"{name} of {length} bytes is said to lie at {first} to {last}")
+            raise ValueError(f"{name!r:.100} of {length} bytes is said to lie at {first} to {last}")
         end = last
     if end != size:
         raise ValueError(f"its tensors take {end} bytes, of which {size} are there")
+    return header
 
 
 def save_safetensors(tensors, path):
-    """Write {name: tensor} as `load_safetensors` reads it: to a temporary name, then renamed."""
+    """Write {name: tensor} as `load_safetensors` reads it."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
@@ -530,9 +561,22 @@ def save_safetensors(tensors, path):
                         "data_offsets": [end, end := end + tensor.nbytes]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
-    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file beside `path`, to write to, that takes its place once it is whole; where writing
+    fails, nothing is left of it. OSError that names `path`."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)

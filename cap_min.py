@@ -53,7 +53,8 @@ import torch.nn.functional as F
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from bert_min import BertClassifier, from_pretrained, model_folder, save_pretrained
+from bert_min import (BertClassifier, from_pretrained, model_folder, replacing,
+                      save_pretrained)
 from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
 
 HERE = Path(__file__).resolve().parent
@@ -834,10 +835,12 @@ def is_finished(folder, config):
         text = path.read_text(encoding="utf-8")
         if log_header(config).startswith(text):
             return False  # killed while it was begun
-        before = dict(json.loads(text.split("\n")[0])["config"])
-    except (ValueError, KeyError, TypeError):
+        before = json.loads(text.split("\n")[0])["config"]
+        differing = [key for key in config if key in before and config[key] != before[key]]
+        if not before.keys() & config.keys():
+            raise KeyError("task")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: delete the folder") from None
-    differing = [key for key in config if key in before and config[key] != before[key]]
     if differing:
         raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
                          "choose another --out or delete it")
@@ -902,10 +905,11 @@ class Checkpoints:
             torch.save(content, temporary)
             name = f"{stem}.{self.digest(temporary)}.pt"
             os.replace(temporary, self.folder / name)
-        except (OSError, RuntimeError) as error:  # torch's word for a full disk is the second
+        except (OSError, RuntimeError) as error:  # the second is torch's
             temporary.unlink(missing_ok=True)
-            raise OSError(f"{self.folder}: {stem} could not be written "
-                          f"({str(error).splitlines()[0]})") from None
+            reason = getattr(error, "strerror", "the disk may be full")
+            raise OSError(f"{self.folder}: {stem} could not be written ({reason}); what was saved "
+                          "before is kept") from None
         return name
 
     def read(self, name, mmap=False):
@@ -1019,12 +1023,10 @@ def write_record(args, data, dev_sets, results, seconds, device):
 
 
 def write_json(record, path):
-    """Write beside `path`, then rename: a record that is there is whole. Process 0 alone does."""
-    if rank() > 0:
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """A record that is there is whole. Process 0 alone writes it."""
+    if rank() == 0:
+        with replacing(path) as file:
+            file.write(json.dumps(record, indent=1).encode() + b"\n")
 
 
 def draw_curve(folder, dense):
@@ -1086,7 +1088,7 @@ def number(kind, low, below=math.inf):
 
 def add_flags(parser):
     """All flags, in groups; their defaults are the published recipe for BERT-base."""
-    count, share = number(int, 1), number(float, 0, 1)
+    count, share = number(int, 1, 2 ** 31), number(float, 0, 1)
     weight, rate = number(float, 0), number(float, 1e-12)
     add = parser.add_argument_group("what").add_argument
     add("--task", default="demo", choices=TASKS, help="GLUE task, snli, or the small world of "
@@ -1183,7 +1185,7 @@ def choose_device(args):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
     has_bf16 = (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() or
                 device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
@@ -1271,8 +1273,12 @@ def run(args):
         make_run(args, device, config)
         wait_for_all()
     shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # nothing of it is needed any more
-    record = json.loads((args.out / "record.json").read_text(encoding="utf-8"))
-    print_summary(args, record)
+    path = args.out / "record.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        print_summary(args, record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged: delete the folder") from None
     return record
 
 
@@ -1404,7 +1410,7 @@ def probe(args):
         folders = {"pruned": args.probe / "model", "dense": teacher_folder(args.probe, config),
                    "pretrained": located(config["model"])}
         args.max_length = config["max_length"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{args.probe} is no finished run with a record.json") from None
     args.model, scores = args.probe / "model", {}
     device, tokenizer = choose_device(args), load_tokenizer(args.model)
@@ -1457,7 +1463,9 @@ def main(argv=None):
                 if args.task == "demo":
                     print("next: python cap_min.py --compare    (7 such runs, one table)")
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("error:", (str(error) or "out of memory").split("\n")[0], file=sys.stderr)
+        line = (str(error) or "out of memory").split("\n")[0]
+        line = "".join(char if char.isprintable() else "?" for char in line)
+        print("error:", line if len(line) < 500 else f"{line[:500]} ...", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from what was saved")

@@ -107,10 +107,11 @@ def read_examples(task, path):
     rows = read_rows(path)
     columns = [task.text_a, task.text_b, task.label]
     if isinstance(task.label, str):  # a header names the columns
-        _, header = next(rows, (1, []))
+        number, header = next(rows, (1, []))
         absent = [column for column in columns if column is not None and column not in header]
         if absent:
-            raise ValueError(f"{path}, line 1: no column {absent[0]!r}, only {', '.join(header)}")
+            raise ValueError(f"{path}, line {number}: no column {absent[0]!r}, only "
+                             f"{str(header):.300}")
         columns = [column and header.index(column) for column in columns]
     text_a, text_b, label = columns
     examples = []
@@ -141,14 +142,15 @@ def read_rows(path):
 def read_label(task, written, place):
     if task.labels is not None:
         if written not in task.labels:
-            raise ValueError(f"{place}: label {written!r}, not one of {', '.join(task.labels)}")
+            raise ValueError(f"{place}: label {written[:50]!r}, not one of "
+                             f"{', '.join(task.labels)}")
         return list(task.labels).index(written)
     try:
         value = float(written)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"{place}: {written!r} is not a number")
+    if not 0 <= value <= 5:  # STS-B's scale
+        raise ValueError(f"{place}: {written[:50]!r} is not a number from 0 to 5")
     return value
 
 
@@ -250,15 +252,18 @@ class WordPiece:
     """BERT's tokenizer: the same ids as Google's for words of up to 100 characters. README tells,
     under deviations, where Google's and transformers' differ.
 
-    vocab_file: one piece per line, its id is the line number from 0. ValueError if a special
-    token is not in it."""
+    vocab_file: one piece per line, its id is the line number from 0. ValueError if it is not valid
+    UTF-8 or a special token is not in it."""
 
     def __init__(self, vocab_file, lowercase=True):
         self.vocab_file, self.lowercase = Path(vocab_file), lowercase
-        lines = self.vocab_file.read_bytes().decode("utf-8", "replace").split("\n")
-        pieces = lines[:-1] if lines[-1] == "" else lines
-        self.vocab = {piece.strip(): i for i, piece in enumerate(pieces)}
-        self.size = len(pieces)
+        lines = self.vocab_file.read_bytes().removesuffix(b"\n").split(b"\n")
+        self.vocab, self.size = {}, len(lines)
+        for i, line in enumerate(lines):
+            try:
+                self.vocab[line.decode("utf-8").strip()] = i
+            except UnicodeDecodeError:
+                raise ValueError(f"{vocab_file}, line {i + 1}: not valid UTF-8") from None
         for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if token not in self.vocab:
                 raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
@@ -314,9 +319,12 @@ def load_tokenizer(folder):
     path = Path(folder) / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return WordPiece(Path(folder) / "vocab.txt", config.get("do_lower_case", True))
-    except (AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        lowercase = config.get("do_lower_case", True)
+        if type(lowercase) is not bool:
+            raise ValueError("do_lower_case is neither true nor false")
+    except (AttributeError, ValueError, RecursionError):
         raise ValueError(f"{path}: not a tokenizer's configuration") from None
+    return WordPiece(Path(folder) / "vocab.txt", lowercase)
 
 
 def save_tokenizer(tokenizer, folder, max_length):

@@ -4,6 +4,7 @@ with other implementations, behaviour. A docstring derives the number that its t
 Run:  python -m pytest -q test_cap_min.py
 Parity with transformers, tokenizers and safetensors is tested where these are installed."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -15,11 +16,14 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 import types
 import xml.dom.minidom
 import zipfile
@@ -765,7 +769,8 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     parts = sorted({char for text in ODD_TEXTS for char in "".join(WordPiece(vocab).words(text))})
     path = tmp_path / "vocab.txt"
-    path.write_text("\n".join(PIECES + parts + ["##" + part for part in parts]), encoding="utf-8")
+    pieces = dict.fromkeys(PIECES + parts + ["##" + part for part in parts])
+    path.write_text("\n".join(pieces), encoding="utf-8")
     ours, theirs = WordPiece(path), tokenizers.BertWordPieceTokenizer(str(path))
     for text_a, text_b in itertools.product(ODD_TEXTS, [None] + ODD_TEXTS[:8]):
         wanted = theirs.encode(text_a, text_b)
@@ -1286,7 +1291,12 @@ def test_run_on_a_gpu(method, pretrained, glue, tmp_path, sitting):
     (["--compare", "--without", "prc"], "--compare sets --method and --without itself"),
     (["--sparsity", "97"], "--sparsity: 97 is not in [0, 1)"),
     (["--sparsity", "nan"], "not in [0, 1)"),
-    (["--epochs", "0"], "0 is not in [1, inf)"),
+    (["--sparsity", "1.0"], "1.0 is not in [0, 1)"),
+    (["--epochs", "9" * 30], "is not in [1, 2147483648)"),
+    (["--epochs", "9" * 5000], "invalid int value: '999"),
+    (["--task", "a\x1bb\nc"], "invalid choice: 'a"),
+    (["a\x1bb\nc"], "unrecognized arguments: a?b"),
+    (["--epochs", "0"], "0 is not in [1, 2147483648)"),
     (["--seed", "-1"], "-1 is not in [0, 4294967296)"),
     (["--w-sup", "nan"], "--w-sup: nan is not in"),
     (["--temperature", "cold"], "invalid float value: 'cold'"),
@@ -1303,22 +1313,107 @@ def test_bad_arguments_end_in_one_sentence(options, sentence, pretrained, glue, 
     assert main(command(pretrained, glue, tmp_path / "run", *options)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert len(error) < 600 and error[:-1].isprintable()
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("text, sentence", [
     (b"sentence\tlabel\ngood\t1\nbad\t2\n", "train.tsv, line 3: label '2', not one of 0, 1"),
-    (b"sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only sentence, labels"),
+    (b"sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only ['sentence', 'labels']"),
     (b"sentence\tlabel\ngood 1\n", "line 2: only 1 columns"),
     (b"sentence\tlabel\n", "no examples"),
-    (b"", "no column 'sentence'"),
+    (b"", "line 1: no column 'sentence', only []"),
+    (b"\n\nlabel\n", "line 3: no column 'sentence', only ['label']"),
     (b"sentence\tlabel\ngood\t1\n\xff\xfe\t1\n", "line 3: not valid UTF-8"),
+    (b"sentence\tlabel\rgood\t1\r", r"no column 'label', only ['sentence', 'label\rgood', '1']"),
+    (b"sentence\tlabel\ngood\t" + b"1" * 9000, f"line 2: label '{'1' * 50}', not one of 0, 1"),
+    (b"x" * 9000, "line 1: no column 'sentence', only ['xxx"),
 ])
 def test_bad_data_is_named_by_file_and_line(text, sentence, tmp_path):
     (tmp_path / "SST-2").mkdir()
     (tmp_path / "SST-2" / "train.tsv").write_bytes(text)
-    with pytest.raises(ValueError, match=re.escape(sentence)):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as error:
         load("sst2", "train", tmp_path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("written", ["nan", "inf", "1e999", "1e39", "5.1", "-1", "", "good"])
+def test_similarity_is_a_number_from_0_to_5(written):
+    with pytest.raises(ValueError, match="place: '.*' is not a number from 0 to 5"):
+        data_glue.read_label(TASKS["stsb"], written, "place")
+    assert [data_glue.read_label(TASKS["stsb"], number, "") for number in ("0", "5")] == [0, 5]
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
+    ("vocab.txt", b"[PAD]\n\xff\n", "vocab.txt, line 2: not valid UTF-8"),
+    *(("tokenizer_config.json", content, "tokenizer_config.json: not a tokenizer's configuration")
+      for content in (b"", b"[]", b'{"do_lower_case": "no"}', b"\xff", b"[" * 9999, b"9" * 5000)),
+])
+def test_damaged_tokenizers_are_refused(name, content, sentence, pretrained, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes((pretrained / "vocab.txt").read_bytes())
+    assert data_glue.load_tokenizer(tmp_path).lowercase is True
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        data_glue.load_tokenizer(tmp_path)
+
+
+def limited(size, function, *arguments):
+    """What it returns on a disk where no file can grow over `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        return function(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_what_was_there(pretrained, glue, tmp_path, capsys):
+    """One sentence that names the file; what was written of it is gone, an earlier file of that
+    name is whole, and so is a record."""
+    out = tmp_path / "run"
+    assert limited(20_000, main, command(pretrained, glue, out)) == 2
+    assert (f"error: {out}/checkpoint: state-000000 could not be written (the disk may be full); "
+            "what was saved before is kept\n") == capsys.readouterr().err
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {"log.jsonl"}
+    save_safetensors({"a": torch.ones(2)}, tmp_path / "whole")
+    cap_min.write_json({"a": 1}, tmp_path / "record.json")
+    TINY.to_json(tmp_path / "config.json")
+    for write in (lambda: save_safetensors({"a": torch.ones(9000)}, tmp_path / "whole"),
+                  lambda: cap_min.write_json({"a": "b" * 9000}, tmp_path / "record.json"),
+                  lambda: BertConfig(id2label={0: "b" * 9000}).to_json(tmp_path / "config.json")):
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}"):
+            limited(4096, write)
+    assert load_safetensors(tmp_path / "whole")["a"].tolist() == [1, 1]
+    assert json.loads((tmp_path / "record.json").read_text()) == {"a": 1}
+    assert BertConfig.from_json(tmp_path / "config.json").hidden_size == 16
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("run", b"mine", "run is no run folder"),
+    ("run/thesis.tex", b"mine", "run is no run folder"),
+    *(("run/log.jsonl", content, "log.jsonl is damaged: delete the folder")
+      for content in (b"\n", b"\xff", b"[]", b'{"config": {}}', b'{"config": []}', b"[" * 9999)),
+    ("run/log.jsonl", b'{"config": {"lr": 3}}', "run belongs to another run (lr differ)"),
+    *(("run/record.json", content, "record.json is damaged: delete the folder")
+      for content in (b"", b"{}", b"[]", b"\xff", b'{"pruned": 3}', b"[" * 9999)),
+    ("run/model/model.safetensors", None, "No such file or directory"),
+])
+def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, finished, pretrained,
+                                                      glue, tmp_path, capsys):
+    """Nothing in it has changed, and nothing is new."""
+    if name.startswith(("run/record", "run/model")):
+        shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert main(command(pretrained, glue, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert before == {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
 
 def test_glue_files_as_they_are(tmp_path):
@@ -1385,8 +1480,9 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
 
 
 def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path):
-    """A missing, misshapen or whole-number encoder tensor is named; a fine-tuned model must have
-    its classifier; a folder without weights says so."""
+    """A missing, misshapen or whole-number encoder tensor is named, and so is one with a NaN or
+    infinity, also one that double precision alone holds; a fine-tuned model must have its
+    classifier; a folder without weights says so."""
     (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
         from_pretrained(tmp_path)
@@ -1396,6 +1492,12 @@ def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path):
         save_safetensors({key: tensor for key, tensor in good.items() if key != name} | bad,
                          tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"1 tensors are missing .*{name}"):
+            from_pretrained(tmp_path)
+    for value in (math.nan, -math.inf, 1e300):
+        bad = good[name].to(DOUBLE)
+        bad[3, 5] = value
+        save_safetensors(good | {name: bad}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"damaged, 1 tensors are not finite: {name}"):
             from_pretrained(tmp_path)
     del good["classifier.bias"]
     save_safetensors(good, tmp_path / "model.safetensors")
@@ -1412,12 +1514,21 @@ def test_weights_that_do_not_fit_are_refused(pretrained, tmp_path):
     lambda header, data: (header.replace(b"F32", b"F31"), data),
     lambda header, data: (header.replace(b"[24, 32]", b"[16, 24]"), data),
     lambda header, data: (header.replace(b"[24, 32]", b"[24, 32.0]"), data),
+    lambda header, data: (header.replace(b"[2, 3]", b"[2, 3%s]" % (b", 1" * 64)), data),
+    lambda header, data: (
+        header.replace(b"[2, 3]", b"[0, %d, 9]" % 2 ** 47).replace(b"[0, 24]", b"[0, 0]")
+        .replace(b"[24, 32]", b"[0, 8]"), data[:8]),
+    lambda header, data: (header.replace(b'"a"', b'"a\\n"').replace(b"[2, 3]", b"[2]"), data),
+    lambda header, data: (header.replace(b'"a"', b'"a\\n"').replace(b"[2, 3]", b"[-2]"), data),
+    lambda header, data: (header.replace(b"[2, 3]", b"[%s6]" % (b"6, " * 999)), data),
+    lambda header, data: (header + b" " * 10 ** 7, data),
     lambda header, data: (b"[1, 2]", data),
     lambda header, data: (b"{" * 5000, data),
 ])
 def test_damaged_safetensors_are_refused(change, tmp_path):
-    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, no
-    header: one sentence that names the file. The sound file loads."""
+    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, of 66
+    dimensions or a nothing of 9 * 2^47 rows, with an odd name, with a header of 10 MB or none: one
+    sentence that names the file. The sound file loads."""
     path = tmp_path / "weights"
     save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
     raw = path.read_bytes()
@@ -1425,8 +1536,9 @@ def test_damaged_safetensors_are_refused(change, tmp_path):
     assert load_safetensors(path)["b"].tolist() == [1, 1]
     header, data = change(raw[8:8 + length], raw[8 + length:])
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    with pytest.raises(ValueError, match="weights: damaged, not a whole safetensors file"):
+    with pytest.raises(ValueError, match="weights: damaged, not a whole safetensors file") as error:
         load_safetensors(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
     path.write_bytes((2 ** 62).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match="damaged"):
         load_safetensors(path)
@@ -1448,21 +1560,29 @@ def test_compact_files(finished, tmp_path):
     whole = sum(linear.weight.nbytes for linear in encoder_linears(model).values())
     assert len(parts) == 24 and sum(part.nbytes for part in parts) < whole / 12
     odd = BertClassifier(BertConfig(**{**vars(TINY), "hidden_size": 6, "intermediate_size": 3}))
-    for compact in (False, True, False):  # one file of weights at a time; 18 bits are 3 bytes
+    for compact in (True, False, True):  # one file of weights at a time; 18 bits are 3 bytes
         save_pretrained(odd, tmp_path, compact)
         assert len(list(tmp_path.iterdir())) == 2
         got = from_pretrained(tmp_path).state_dict()
         assert all(torch.allclose(got[name], p, rtol=2 ** -11, atol=1e-7)
                    for name, p in odd.state_dict().items())
+    path, name = tmp_path / bert_min.COMPACT_FILE, "bert.encoder.layer.0.output.dense.weight"
+    packed = load_safetensors(path)
+    packed[name + ".kept"][-1] |= 1  # a bit, and a value for it, beyond the last weight
+    packed[name + ".values"] = torch.cat([packed[name + ".values"], torch.ones(1).half()])
+    save_safetensors(packed, path)
+    with pytest.raises(ValueError, match=f"damaged, {name} has 19 values"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change", [
     lambda kept, values: (kept[:-1], values), lambda kept, values: (kept, values[:-1]),
     lambda kept, values: (kept | 1, values), lambda kept, values: (kept.half(), values),
     lambda kept, values: (kept, torch.cat([values, values[:1]])),
-    lambda kept, values: (kept, values * math.inf)])
+    lambda kept, values: (kept[:-1], values[:-8]),
+    lambda kept, values: (kept[:, None] >> tensor([0, 1], torch.uint8), values)])
 def test_damaged_compact_files_are_refused(change, tmp_path):
-    """Too few or too many bits or values, bits that are no bytes, infinities."""
+    """Too few or too many bits or values, bits that are no bytes."""
     model, path = BertClassifier(TINY), tmp_path / bert_min.COMPACT_FILE
     model.bert.encoder.layer[1].output.dense.weight.data[0, 7] = 0  # the last bit of a byte
     save_pretrained(model, tmp_path, compact=True)
@@ -1474,7 +1594,45 @@ def test_damaged_compact_files_are_refused(change, tmp_path):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_memory_is_that_of_the_tensors(tmp_path):
+    """A file of 64 MB is read once. Of one that says it has a terabyte, nothing is."""
+    path = tmp_path / "weights"
+    save_safetensors({"a": torch.ones(2 ** 24)}, path)
+    for tail, most in ((0, 2 ** 26 + 2 ** 23), (2 ** 40, 2 ** 20)):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size + tail)  # without blocks on the disk
+        tracemalloc.start()
+        with pytest.raises(ValueError) if tail else contextlib.nullcontext():
+            load_safetensors(path)
+        assert tracemalloc.get_traced_memory()[1] < most  # numpy's memory counts
+        tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:.*quantize")
+@pytest.mark.parametrize("make", [
+    lambda good: [], lambda good: {"model": good}, lambda good: good | {"a": 1.0},
+    lambda good: good | {"a": torch.eye(2).to_sparse()},
+    lambda good: good | {"a": torch.eye(2, device="meta")},
+    lambda good: good | {"a": torch.ones(1).expand(10 ** 12)},
+    lambda good: good | {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+    lambda good: good | {"a": torch.quantize_per_tensor(torch.eye(2), 0.1, 0, torch.qint8)}])
+def test_pickles_of_other_things_are_refused(make, pretrained, tmp_path, recwarn):
+    """Lists, nested containers, numbers, tensors that are not dense, not here or not all stored.
+    A file that is cut short is refused as well, a whole one of weights loads."""
+    path = tmp_path / "pytorch_model.bin"
+    good = load_safetensors(pretrained / "model.safetensors")
+    torch.save({name: nn.Parameter(weight.T).T for name, weight in good.items()}, path)
+    assert all(torch.equal(weight, good[name])
+               for name, weight in bert_min.load_bin(path).items())
+    torch.save(make(good), path)
+    recwarn.clear()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model.bin: not a weight file of tensors alone"):
+            bert_min.load_bin(path)
+        path.write_bytes(path.read_bytes()[:-200])
+    assert not recwarn
+
+
 def test_a_pickle_that_would_run_code_never_runs(pretrained, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -1491,6 +1649,10 @@ def test_a_pickle_that_would_run_code_never_runs(pretrained, tmp_path):
                                   '{"model_type": "roberta"}', '{"num_attention_heads": 5}',
                                   '{"id2label": 3}', '{"vocab_size": 0}',
                                   '{"hidden_dropout_prob": "x"}', '{"pad_token_id": 40000}',
+                                  '{"num_hidden_layers": 1000000000}', '{"layer_norm_eps": NaN}',
+                                  '{"num_hidden_layers": 201}', "[" * 9999,
+                                  '{"hidden_size": %d}' % 12 ** 18, '{"vocab_size": "%s"}' % 9999,
+                                  '{"id2label": {"0": "a", "2": "b"}}', "9" * 5000,
                                   *('{"num_hidden_layers": 2, "layer_sizes": [[12, 0], %s]}' % sizes
                                     for sizes in ("[13, 1], [1, 1]", "[13, 1]", "[1, -1]",
                                                   "[1.0, 1]", "[1]"))])
@@ -1498,6 +1660,131 @@ def test_configurations_of_other_models_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json: not a BERT configuration"):
         BertConfig.from_json(tmp_path / "config.json")
+
+
+# ---------------------------------------------------------------------------- fuzzer
+
+ODD_VALUES = [0, -1, 1, 4, 2 ** 24, 2 ** 40, 2 ** 63, 10 ** 400, 1.5, math.nan, True, None, "",
+              "F16", "a\nb\ud800", [], [0], [0, 0], [2 ** 40] * 3, [1] * 10_000, {}, {"0": "a"}]
+FUZZED = ("model.safetensors", bert_min.COMPACT_FILE, "config.json", "tokenizer_config.json",
+          "vocab.txt", "train.tsv")
+LABELS = ("label", "gold_label", "is_duplicate", "score", "Quality")
+
+
+def mutate_bytes(data, rng):
+    """1 to 3 of: a byte flipped, a stretch cut out, doubled or overwritten, the end cut off."""
+    for _ in range(rng.randint(1, 3)):
+        first, last = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        last = min(last, first + rng.choice((1, 8, 2 ** 20)))
+        odd = rng.choice([b"", bytes([rng.randrange(256)]), b"\n", b"\t", b"\r", b"\xff", b"\0",
+                          b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8", b"nan", b"9" * 5000, b"[" * 5000])
+        data = rng.choice((data[:first] + odd + data[last:], data[:last] + data[first:],
+                           data[:first] + odd + data[first + 1:], data[:first]))
+    return data
+
+
+def mutate_values(value, rng):
+    """A value somewhere inside `value`, or a name, is replaced by an odd one, moved or dropped."""
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    if not keys:
+        return
+    key = rng.choice(keys)
+    if isinstance(value[key], (dict, list)) and rng.random() < 0.8:
+        mutate_values(value[key], rng)
+    elif isinstance(value, dict) and rng.random() < 0.3:
+        value[rng.choice([*keys, "odd\n", key + ".kept"])] = value.pop(key)
+    else:
+        odd = value[key] + rng.choice((-1, 1, 8)) if type(value[key]) is int else 0
+        value[key] = copy.deepcopy(rng.choice([odd, value[rng.choice(keys)], *ODD_VALUES]))
+
+
+def mutate(data, name, rng):
+    """The bytes of a file, half of the JSON ones mutated as JSON, weights with a new length."""
+    length = int.from_bytes(data[:8], "little") if name.endswith(".safetensors") else 0
+    if name.endswith((".txt", ".tsv")) or rng.random() < 0.3:
+        return mutate_bytes(data, rng)
+    header, rest = (data[8:8 + length], data[8 + length:]) if length else (data, b"")
+    if rng.random() < 0.3:
+        header = mutate_bytes(header, rng)
+    else:
+        tree = json.loads(header)
+        for _ in range(rng.randint(1, 3)):
+            mutate_values(tree, rng)
+        header = json.dumps(tree).encode()
+    return (len(header).to_bytes(8, "little") if length else b"") + header + rest
+
+
+@pytest.fixture(scope="session")
+def fuzzed(tmp_path_factory, pretrained):
+    """A folder with every file of FUZZED, and a config.json with all its fields."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    model = from_pretrained(pretrained, 3)
+    model.config.layer_sizes = model.config.full_sizes
+    save_pretrained(model, folder, compact=True)
+    data_glue.save_tokenizer(WordPiece(pretrained / "vocab.txt"), folder, 32)
+    (folder / "model.safetensors").write_bytes((pretrained / "model.safetensors").read_bytes())
+    columns = ("index label sentence sentence1 sentence2 question question1 question2 gold_label "
+               "is_duplicate score Quality premise hypothesis #1_String #2_String").split()
+    columns = [column.replace("_S", " S") for column in columns]
+    rows = [["LABEL" if column in LABELS else f"{column} {i} 中" for column in columns]
+            for i in range(4)]
+    lines = ("\t".join(row) for row in [columns, *rows])
+    (folder / "train.tsv").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def fuzz(name, seed, source, folder):
+    """Mutate one file, read it, and hold the reader to its promise."""
+    rng = random.Random(f"{name} {seed}")
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" or path.name == (
+                name if name.endswith(".safetensors") else FUZZED[seed % 2]):
+            (folder / path.name).write_bytes(path.read_bytes())
+    data = (source / name).read_bytes()
+    task = rng.choice(list(TASKS))
+    if name == "train.tsv":
+        label = rng.choice([*(TASKS[task].labels or ("2.5", "4", "nan", "1e999", "5.1")), "-"])
+        data = data.replace(b"LABEL", label.encode())
+        folder.joinpath(TASKS[task].folder).mkdir(exist_ok=True)
+    data = mutate(data, name, rng)
+    (folder / (TASKS[task].folder if name == "train.tsv" else "") / name).write_bytes(data)
+    if os.path.exists("/proc/self/clear_refs"):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of earlier tests
+    before, start, error = peak(), time.perf_counter(), ""
+    try:
+        if name == "train.tsv":
+            load(task, "train", folder)
+        elif name.startswith(("vocab", "tokenizer")):
+            data_glue.load_tokenizer(folder)
+        else:
+            state = from_pretrained(folder, rng.choice((None, 2, 3))).state_dict()
+            assert all(tensor.isfinite().all() for tensor in state.values())
+    except (ValueError, OSError) as refusal:
+        error = str(refusal)
+    assert len(error.splitlines()) <= 1 and len(error) < 600
+    assert time.perf_counter() - start < 5
+    assert peak() - before <= 2 * len(data) + 2 ** 25
+    return bool(error)
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_fuzzed_files_load_or_are_refused(name, fuzzed, tmp_path):
+    """Whatever the bytes: a result, or a ValueError or OSError of one line, within 5 seconds and
+    twice the file's memory and 32 MB. CAP_FUZZ=20 in the environment: 20 times as many cases."""
+    cases, refused = 25 * int(os.environ.get("CAP_FUZZ", 1)), 0
+    for seed in range(cases):
+        try:
+            refused += fuzz(name, seed, fuzzed, tmp_path)
+        except BaseException as error:
+            raise AssertionError(f"{name}, seed {seed}: {error!r}") from error
+        finally:
+            shutil.rmtree(tmp_path)
+            tmp_path.mkdir()
+    assert refused >= cases / 10
 
 
 # -------------------------------------------------------------------------- download
