@@ -10,17 +10,24 @@ Symbols in the shape comments
     N  examples in a split          B  examples in a batch        T  tokens in the longest one
 """
 
+import array
+import contextlib
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import urllib.request
 import zipfile
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -422,16 +429,78 @@ class Encoded:
                 "labels": self.labels[index], "index": index}
 
 
+MANY = 50_000  # from here on all cores encode, and the ids are kept for the next time
+CHUNK = 2_000  # examples that a process encodes at once
+
+
 def encode_task(examples, tokenizer, max_length=128):
-    """list[Example] -> Encoded, with at most `max_length` tokens an example."""
-    tokens, starts, first = [], [0], []
+    """list[Example] -> Encoded, with at most `max_length` tokens an example. The ids of many
+    examples are kept in the cache, in a file named by the SHA-256 of all that they depend on."""
+    if len(examples) < MANY:
+        tokens, lengths, first = encode_rows(examples, tokenizer, max_length)
+    else:
+        known = (Path(__file__).read_bytes(), unicodedata.unidata_version, tokenizer.vocab,
+                 tokenizer.lowercase, max_length)
+        digest = hashlib.sha256(repr(known).encode())
+        for example in examples:
+            digest.update(repr(example).encode())
+        ids = kept(cache_folder() / "encoded" / digest.hexdigest(),
+                   lambda: np.concatenate(encode_on_all_cores(examples, tokenizer, max_length)))
+        tokens, lengths, first = np.split(ids, [-2 * len(examples), -len(examples)])
+    return Encoded(torch.tensor(tokens), torch.tensor(np.cumsum([0, *lengths])),
+                   torch.tensor(first).long(), torch.tensor([row.label for row in examples]))
+
+
+def encode_rows(examples, tokenizer, max_length):
+    """int32 arrays: all token ids, end to end; each example's length; its tokens up to [SEP]."""
+    columns = array.array("i"), array.array("i"), array.array("i")
     for text_a, text_b, _ in examples:
         input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
-        tokens.extend(input_ids)
-        starts.append(len(tokens))
-        first.append(len(token_type_ids) - sum(token_type_ids))
-    return Encoded(torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts),
-                   torch.tensor(first), torch.tensor([example.label for example in examples]))
+        columns[0].extend(input_ids)
+        columns[1].append(len(input_ids))
+        columns[2].append(token_type_ids.count(0))
+    return [np.array(column) for column in columns]
+
+
+def encode_on_all_cores(examples, tokenizer, max_length):
+    """What encode_rows gives, by a process per core; by this one alone if these do not work.
+
+    Linux forks, as its workers need no torch, whose threads a fork does without; elsewhere they are
+    spawned, which runs a script without `if __name__ == "__main__"` from its start in each."""
+    linux = sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if linux else min(os.cpu_count(), 61)  # Windows' limit
+    chunks = [examples[i:i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    with contextlib.suppress(OSError, BrokenProcessPool):
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("fork" if linux else "spawn"),
+                                 start_worker, (tokenizer.vocab_file, tokenizer.lowercase)) as pool:
+            parts = list(pool.map(encode_chunk, chunks, itertools.repeat(max_length)))
+        return [np.concatenate(column) for column in zip(*parts)]
+    return encode_rows(examples, tokenizer, max_length)
+
+
+def start_worker(vocab_file, lowercase):
+    """Make a process ready for encode_chunk. It leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    encode_chunk.tokenizer = WordPiece(vocab_file, lowercase)
+
+
+def encode_chunk(examples, max_length):
+    return encode_rows(examples, encode_chunk.tokenizer, max_length)
+
+
+def kept(path, make):
+    """The int32 array in the file `path`, after its SHA-256; if there is none, or it is damaged,
+    that of make(), which is written there if that can be done."""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return np.frombuffer(data[32:], np.int32)
+    ids = make()
+    with contextlib.suppress(OSError):
+        write_file(path, hashlib.sha256(ids.tobytes()).digest() + ids.tobytes())
+    return ids
 
 
 def batches(data, batch_size, seed, epoch=0, start=0):

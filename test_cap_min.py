@@ -16,8 +16,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -1491,6 +1493,100 @@ def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
     monkeypatch.setattr(data_glue, "GLUE_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="CoLA.zip could not be .* or pass --model or --data-dir"):
         load("cola", "dev")
+
+
+# ---------------------------------------------------------------- all cores, the cache
+
+
+@pytest.fixture
+def many(vocab, monkeypatch, tmp_path):
+    """23 pairs of many lengths, which count as many and make 4 chunks; two cores; a tokenizer."""
+    monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_glue, "MANY", 23)
+    monkeypatch.setattr(data_glue, "CHUNK", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    rows = [Example("The film " * (i % 5), "was good ! " * (i % 4), i % 3) for i in range(23)]
+    return rows, WordPiece(vocab)
+
+
+def same_ids(a, b):
+    return all(torch.equal(x, y) and x.dtype == y.dtype
+               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("breaks", ["nothing", "a worker dies", "no process can be had"])
+def test_all_cores_encode_like_one(many, breaks, monkeypatch):
+    """One example fewer than many is encoded here and leaves no file; many are encoded by other
+    processes, which break the count of calls here, unless these do not work."""
+    rows, tokenizer = many
+    few = encode_task(rows[:22], tokenizer, 16)
+    assert not data_glue.cache_folder().exists()
+    calls, encode_rows = [], data_glue.encode_rows
+    monkeypatch.setattr(data_glue, "encode_rows", lambda *a: calls.append(a) or encode_rows(*a))
+    if breaks == "a worker dies":
+        monkeypatch.setattr(data_glue, "start_worker", lambda *_: os._exit(1))
+    elif breaks == "no process can be had":
+        monkeypatch.setattr(data_glue, "ProcessPoolExecutor", Mock(side_effect=OSError))
+    data = encode_task(rows, tokenizer, 16)
+    assert len(calls) == (breaks != "nothing") and data.lengths.max() == 16
+    assert same_ids(data.head(22), data_glue.Encoded(data.tokens, *list(vars(few).values())[1:]))
+    assert torch.equal(data.tokens[:len(few.tokens)], few.tokens)
+    monkeypatch.setattr(data_glue, "MANY", 24)
+    assert same_ids(data, encode_task(rows, tokenizer, 16))
+
+
+def test_encoded_ids_are_kept_and_known_by_their_content(many, vocab, tmp_path, monkeypatch):
+    """The second time nothing is encoded. Another text, label, length, case or vocabulary makes
+    another file; one that is damaged is made anew; one that cannot be written does no harm."""
+    rows, tokenizer = many
+    encode_rows = Mock(side_effect=data_glue.encode_rows)
+    monkeypatch.setattr(data_glue, "encode_on_all_cores", encode_rows)
+    (tmp_path / "vocab.txt").write_bytes(vocab.read_bytes() + b"film !\n")
+    first = encode_task(rows, tokenizer, 16)
+    path, = (tmp_path / "cache" / "encoded").iterdir()
+    assert same_ids(encode_task(list(rows), WordPiece(vocab), 16), first)
+    assert encode_rows.call_count == 1
+    others = [[rows[0]._replace(**change)] + rows[1:]
+              for change in ({"text_a": "film"}, {"text_b": "film"}, {"label": 2})]
+    for change in (*((other, tokenizer, 16) for other in others), (rows, tokenizer, 15),
+                   (rows, WordPiece(vocab, lowercase=False), 16),
+                   (rows, WordPiece(tmp_path / "vocab.txt"), 16)):
+        encode_rows.reset_mock()
+        assert encode_task(*change).labels.tolist() == [row.label for row in change[0]]
+        assert encode_rows.call_count == 1
+    good = path.read_bytes()
+    for bad in (b"", good[:-4], good[:40] + b"?" + good[41:], b"?" + good[1:]):
+        path.write_bytes(bad)
+        assert same_ids(encode_task(rows, tokenizer, 16), first) and path.read_bytes() == good
+    monkeypatch.setenv("CAP_CACHE", str(vocab))  # a file, so no folder can be made in it
+    assert same_ids(encode_task(rows, tokenizer, 16), first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux' ps")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_is_left_behind(vocab, stop):
+    """Ctrl-C, which reaches every process of a terminal, or the end of the parent alone, while two
+    workers are at work: all end (state Z: ended, but nobody has asked for the exit status)."""
+    script = ("import os, sys, data_glue as d; d.MANY, d.CHUNK = 2, 20_000; "
+              "os.sched_getaffinity = lambda process: {0, 1}; "
+              "row = d.Example('the film was not good ' * 20, None, 0); "
+              "d.encode_task([row] * 1_000_000, d.WordPiece(sys.argv[1]))")
+    process = subprocess.Popen([sys.executable, "-c", script, str(vocab)], cwd=HERE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 100
+
+    def running():
+        states = subprocess.run(["ps", "-s", str(process.pid), "-o", "stat="], capture_output=True)
+        return sum(not state.startswith(b"Z") for state in states.stdout.split())
+
+    while running() < 3 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running() == 3
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+    assert process.wait(timeout=60) == -stop
+    while running() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running() == 0
 
 
 # ---------------------------------------------------------------------------- README
