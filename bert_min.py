@@ -17,9 +17,13 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import http.client
 import json
 import math
 import os
+import sys
+import time
+import urllib.request
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,10 +359,11 @@ HEADER_LIMIT = 10 ** 7  # bytes; BERT-base's header has 24,000
 
 REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
 BERT_BASE_URL = f"https://huggingface.co/google-bert/bert-base-uncased/resolve/{REVISION}"
-BERT_BASE_SHA256 = {
-    "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+BERT_BASE_FILES = {  # name: (bytes, SHA-256)
+    "config.json": (570, "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
+    "vocab.txt": (231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    "model.safetensors": (
+        440449768, "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
 }
 
 
@@ -371,20 +376,66 @@ def model_folder(path_or_name):
         raise FileNotFoundError(f"{path_or_name}: no such folder (bert-base-uncased is the only "
                                 "model that is downloaded by name)")
     folder = Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser() / "bert-base-uncased"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, sha256 in BERT_BASE_SHA256.items():
-        address, target = f"{BERT_BASE_URL}/{name}", folder / name
-        if not target.exists():
-            print(f"downloading {address}")
-            try:  # to a temporary name first, renamed once its SHA-256 is right
-                torch.hub.download_url_to_file(address, str(target), hash_prefix=sha256)
-            except (OSError, RuntimeError) as error:
-                raise OSError(f"{address} could not be downloaded ({error}); without a network, "
-                              f"put the file at {target} by hand or pass --model FOLDER") from None
-        with open(target, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError(f"{target} is not the file of {address}: delete it")
+    for name, (size, sha256) in BERT_BASE_FILES.items():
+        download(f"{BERT_BASE_URL}/{name}", folder / name, size, sha256)
     return folder
+
+
+SCHEME = "https://"  # nothing else is asked, and no redirect to anything else is read
+PAUSES = (1, 4)  # seconds before the second and the third try
+TIMEOUT = 30  # seconds without a byte
+
+
+def download(address, target, size, sha256):
+    """The path `target`, with the file of `address` in it; one that is there is only checked.
+
+    OSError, with what to do, after three tries; ValueError if the file that is there is another.
+    bert_min.py and data_glue.py both have this function, so that each can be taken alone."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for pause in (*PAUSES, None):
+        if target.exists():  # it was there, or another process was faster
+            break
+        try:
+            receive(address, temporary, size, sha256)
+            os.replace(temporary, target)
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())
+            if pause is None:
+                raise OSError(f"{address} could not be downloaded ({reason}); without a network, "
+                              f"put the file at {target} by hand or pass --model or --data-dir"
+                              ) from None
+            print(f"\n{reason}: next try in {pause} s", flush=True)
+            time.sleep(pause)
+        finally:
+            temporary.unlink(missing_ok=True)
+    with open(target, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{target} is not the file of {address}: delete it")
+    return target
+
+
+def receive(address, path, size, sha256):
+    """Write the file of `address` to `path`. OSError unless it has `size` bytes of that SHA-256."""
+    print(f"downloading {address} ({size / 1e6:.1f} MB)", flush=True)
+    digest, done, start = hashlib.sha256(), 0, time.perf_counter()
+    if not address.startswith(SCHEME):
+        raise OSError(f"it does not start with {SCHEME}")
+    request = urllib.request.Request(address, headers={"User-Agent": "cap_min"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
+        if not response.url.startswith(SCHEME):
+            raise OSError(f"it redirects to {response.url}")
+        while done <= size and (part := response.read(1 << 18)):
+            digest.update(part)
+            done += file.write(part)
+            rate = done / (time.perf_counter() - start)  # bytes per second
+            if sys.stdout.isatty():
+                print(f"\r{done / size:4.0%}, {rate / 1e6:.1f} MB/s, eta "
+                      f"{max(0, size - done) / rate:.0f} s   ", end="", flush=True)
+    if sys.stdout.isatty():
+        print()
+    if (done, digest.hexdigest()) != (size, sha256):
+        raise OSError(f"{done} bytes of {size}, SHA-256 {digest.hexdigest()[:8]}...: another file")
 
 
 def from_pretrained(path_or_name, num_labels=2):

@@ -10,13 +10,24 @@ Symbols in the shape comments
     N  examples in a split          B  examples in a batch        T  tokens in the longest one
 """
 
+import array
+import contextlib
 import functools
 import hashlib
+import http.client
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import signal
+import sys
+import threading
+import time
 import unicodedata
+import urllib.request
 import zipfile
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -158,62 +169,114 @@ def read_label(task, written, place):
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-ARCHIVES = {  # task: (file, SHA-256)
-    "cola": ("CoLA.zip", "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    "sst2": ("SST-2.zip", "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    "qqp": ("QQP-clean.zip", "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    "stsb": ("STS-B.zip", "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
-    "mnli": ("MNLI.zip", "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    "qnli": ("QNLIv2.zip", "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    "rte": ("RTE.zip", "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    "wnli": ("WNLI.zip", "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-}
-MRPC_TRAIN = ("msr_paraphrase_train.txt",
+ARCHIVES = {task: (name, int(size), sha256) for task, name, size, sha256 in map(str.split, """
+cola CoLA.zip 376971 f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff
+sst2 SST-2.zip 7439277 d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa
+qqp QQP-clean.zip 41696084 40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0
+stsb STS-B.zip 802872 e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85
+mnli MNLI.zip 312783507 e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633
+qnli QNLIv2.zip 10627589 e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5
+rte RTE.zip 697150 6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee
+wnli WNLI.zip 28999 ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46
+""".strip().split("\n"))}
+MRPC_TRAIN = ("msr_paraphrase_train.txt", 1047044,
               "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89")
-MRPC_DEV_IDS = ("mrpc_dev_ids.tsv",
+MRPC_DEV_IDS = ("mrpc_dev_ids.tsv", 6222,
                 "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
+
+
+def cache_folder():
+    return Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser()
 
 
 def fetch_glue(task, name):
     """Path of GLUE's own file `name` in the cache, downloaded and unpacked on first use."""
-    cache = Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser() / "glue"
+    cache = cache_folder() / "glue"
     target = cache / TASKS[task].folder / name
+
+    def fetch(url, file, size, sha256):
+        return download(f"{url}/{file}", cache / file, size, sha256)
+
     if target.exists():
         return target
     if task == "mrpc":
-        text = split_mrpc(download(SENTEVAL_URL, *MRPC_TRAIN, cache),
-                          download(GLUE_URL, *MRPC_DEV_IDS, cache), name)
+        text = split_mrpc(fetch(SENTEVAL_URL, *MRPC_TRAIN), fetch(GLUE_URL, *MRPC_DEV_IDS), name)
     elif task in ARCHIVES:
-        with zipfile.ZipFile(download(GLUE_URL, *ARCHIVES[task], cache)) as archive:
+        with zipfile.ZipFile(fetch(GLUE_URL, *ARCHIVES[task])) as archive:
             text = archive.read(f"{TASKS[task].folder}/{name}")
     else:
         raise FileNotFoundError(f"{target}: {task} is not downloaded; put the file there by hand "
                                 "or pass --data-dir")
+    write_file(target, text)
+    return target
+
+
+def write_file(path, data):
+    """Write the bytes beside `path`, then rename: whoever reads it finds all of them or no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+SCHEME = "https://"  # nothing else is asked, and no redirect to anything else is read
+PAUSES = (1, 4)  # seconds before the second and the third try
+TIMEOUT = 30  # seconds without a byte
+
+
+def download(address, target, size, sha256):
+    """The path `target`, with the file of `address` in it; one that is there is only checked.
+
+    OSError, with what to do, after three tries; ValueError if the file that is there is another.
+    bert_min.py and data_glue.py both have this function, so that each can be taken alone."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{name}.{os.getpid()}.tmp")
-    temporary.write_bytes(text)
-    os.replace(temporary, target)
-    return target
-
-
-def download(base, name, sha256, cache):
-    """Path of base/name in the cache: streamed to a temporary name with a progress bar, and
-    renamed only if its SHA-256 is right. OSError with what to do if that fails; ValueError if a
-    file that was put there by hand is another."""
-    target = cache / name
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {base}/{name}")
+    for pause in (*PAUSES, None):
+        if target.exists():  # it was there, or another process was faster
+            break
         try:
-            torch.hub.download_url_to_file(f"{base}/{name}", str(target), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{base}/{name} could not be downloaded ({error}); without a network, "
-                          f"put the file at {target} by hand or pass --data-dir") from None
+            receive(address, temporary, size, sha256)
+            os.replace(temporary, target)
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(error).split())
+            if pause is None:
+                raise OSError(f"{address} could not be downloaded ({reason}); without a network, "
+                              f"put the file at {target} by hand or pass --model or --data-dir"
+                              ) from None
+            print(f"\n{reason}: next try in {pause} s", flush=True)
+            time.sleep(pause)
+        finally:
+            temporary.unlink(missing_ok=True)
     with open(target, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{target} is not the file of {base}/{name}: delete it")
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{target} is not the file of {address}: delete it")
     return target
+
+
+def receive(address, path, size, sha256):
+    """Write the file of `address` to `path`. OSError unless it has `size` bytes of that SHA-256."""
+    print(f"downloading {address} ({size / 1e6:.1f} MB)", flush=True)
+    digest, done, start = hashlib.sha256(), 0, time.perf_counter()
+    if not address.startswith(SCHEME):
+        raise OSError(f"it does not start with {SCHEME}")
+    request = urllib.request.Request(address, headers={"User-Agent": "cap_min"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
+        if not response.url.startswith(SCHEME):
+            raise OSError(f"it redirects to {response.url}")
+        while done <= size and (part := response.read(1 << 18)):
+            digest.update(part)
+            done += file.write(part)
+            rate = done / (time.perf_counter() - start)  # bytes per second
+            if sys.stdout.isatty():
+                print(f"\r{done / size:4.0%}, {rate / 1e6:.1f} MB/s, eta "
+                      f"{max(0, size - done) / rate:.0f} s   ", end="", flush=True)
+    if sys.stdout.isatty():
+        print()
+    if (done, digest.hexdigest()) != (size, sha256):
+        raise OSError(f"{done} bytes of {size}, SHA-256 {digest.hexdigest()[:8]}...: another file")
 
 
 def split_mrpc(corpus, dev_ids, name):
@@ -374,16 +437,78 @@ class Encoded:
                 "labels": self.labels[index], "index": index}
 
 
+MANY = 50_000  # from here on all cores encode, and the ids are kept for the next time
+CHUNK = 2_000  # examples that a process encodes at once
+
+
 def encode_task(examples, tokenizer, max_length=128):
-    """list[Example] -> Encoded, with at most `max_length` tokens an example."""
-    tokens, starts, first = [], [0], []
+    """list[Example] -> Encoded, with at most `max_length` tokens an example. The ids of many
+    examples are kept in the cache, in a file named by the SHA-256 of all that they depend on."""
+    if len(examples) < MANY:
+        tokens, lengths, first = encode_rows(examples, tokenizer, max_length)
+    else:
+        known = (Path(__file__).read_bytes(), unicodedata.unidata_version, tokenizer.vocab,
+                 tokenizer.lowercase, max_length)
+        digest = hashlib.sha256(repr(known).encode())
+        for example in examples:
+            digest.update(repr(example).encode())
+        ids = kept(cache_folder() / "encoded" / digest.hexdigest(),
+                   lambda: np.concatenate(encode_on_all_cores(examples, tokenizer, max_length)))
+        tokens, lengths, first = np.split(ids, [-2 * len(examples), -len(examples)])
+    return Encoded(torch.tensor(tokens), torch.tensor(np.cumsum([0, *lengths])),
+                   torch.tensor(first).long(), torch.tensor([row.label for row in examples]))
+
+
+def encode_rows(examples, tokenizer, max_length):
+    """int32 arrays: all token ids, end to end; each example's length; its tokens up to [SEP]."""
+    columns = array.array("i"), array.array("i"), array.array("i")
     for text_a, text_b, _ in examples:
         input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
-        tokens.extend(input_ids)
-        starts.append(len(tokens))
-        first.append(len(token_type_ids) - sum(token_type_ids))
-    return Encoded(torch.tensor(tokens, dtype=torch.int32), torch.tensor(starts),
-                   torch.tensor(first), torch.tensor([example.label for example in examples]))
+        columns[0].extend(input_ids)
+        columns[1].append(len(input_ids))
+        columns[2].append(token_type_ids.count(0))
+    return [np.array(column) for column in columns]
+
+
+def encode_on_all_cores(examples, tokenizer, max_length):
+    """What encode_rows gives, by a process per core; by this one alone if these do not work.
+
+    Linux forks, as its workers need no torch, whose threads a fork does without; elsewhere they are
+    spawned, which runs a script without `if __name__ == "__main__"` from its start in each."""
+    linux = sys.platform == "linux"
+    cores = len(os.sched_getaffinity(0)) if linux else min(os.cpu_count(), 61)  # Windows' limit
+    chunks = [examples[i:i + CHUNK] for i in range(0, len(examples), CHUNK)]
+    with contextlib.suppress(OSError, BrokenProcessPool):
+        with ProcessPoolExecutor(cores, multiprocessing.get_context("fork" if linux else "spawn"),
+                                 start_worker, (tokenizer.vocab_file, tokenizer.lowercase)) as pool:
+            parts = list(pool.map(encode_chunk, chunks, itertools.repeat(max_length)))
+        return [np.concatenate(column) for column in zip(*parts)]
+    return encode_rows(examples, tokenizer, max_length)
+
+
+def start_worker(vocab_file, lowercase):
+    """Make a process ready for encode_chunk. It leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    encode_chunk.tokenizer = WordPiece(vocab_file, lowercase)
+
+
+def encode_chunk(examples, max_length):
+    return encode_rows(examples, encode_chunk.tokenizer, max_length)
+
+
+def kept(path, make):
+    """The int32 array in the file `path`, after its SHA-256; if there is none, or it is damaged,
+    that of make(), which is written there if that can be done."""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return np.frombuffer(data[32:], np.int32)
+    ids = make()
+    with contextlib.suppress(OSError):
+        write_file(path, hashlib.sha256(ids.tobytes()).digest() + ids.tobytes())
+    return ids
 
 
 def batches(data, batch_size, seed, epoch=0, start=0):

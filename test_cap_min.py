@@ -4,11 +4,13 @@ with other implementations, behaviour. A docstring derives the number that its t
 Run:  python -m pytest -q test_cap_min.py
 Parity with transformers, tokenizers and safetensors is tested where these are installed."""
 
+import _thread
 import contextlib
 import copy
 import functools
 import hashlib
 import http.server
+import inspect
 import itertools
 import json
 import math
@@ -19,6 +21,8 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +32,7 @@ import types
 import xml.dom.minidom
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -1790,16 +1795,63 @@ def test_fuzzed_files_load_or_are_refused(name, fuzzed, tmp_path):
 # -------------------------------------------------------------------------- download
 
 
+class Faulty(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, but answers the first requests as the server's list `faults` says."""
+
+    def do_GET(self):
+        if "?moved" in self.path:
+            return super().do_GET()
+        self.server.asked.append(self.path)
+        if not self.server.faults:
+            return super().do_GET()
+        fault = self.server.faults.pop(0)
+        body = Path(self.translate_path(self.path)).read_bytes()
+        half, port = body[:len(body) // 2], self.server.server_port
+        if fault == "nonsense":
+            return self.wfile.write(b"nonsense\r\n" + body)
+        self.send_response(302 if "moved" in fault else 200)
+        if "moved" in fault:
+            host = "localhost" if fault == "moved away" else "127.0.0.1"
+            self.send_header("Location", f"http://{host}:{port}{self.path}?moved")
+        elif fault != "endless":
+            announced = half if fault == "announced half" else body
+            self.send_header("Content-Length", len(announced))
+        self.end_headers()
+        if fault in ("cut", "closed", "stalled", "stopped"):
+            self.wfile.write(half)
+        if fault == "cut":  # a reset, not an orderly end
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        elif fault == "stalled":
+            time.sleep(1)
+        elif fault == "stopped":
+            _thread.interrupt_main()  # Ctrl-C
+        elif fault == "other bytes":
+            self.wfile.write(body[::-1])
+        elif fault == "announced half":
+            self.wfile.write(body)
+        elif fault == "held":
+            self.server.free.wait(30)
+            self.wfile.write(body)
+        while fault == "endless" and self.server.sent < 64 << 20:
+            self.server.sent += self.wfile.write(bytes(1 << 20))
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A folder served over HTTP on this machine, (folder, address); the cache lies beside it."""
+    """A server of the folder tmp_path/served on this machine; the cache lies beside the folder."""
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
+    for module in (bert_min, data_glue):
+        monkeypatch.setattr(module, "SCHEME", "http://")
+        monkeypatch.setattr(module, "PAUSES", (0, 0))
+    handler = functools.partial(Faulty, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.folder, running.address = folder, f"http://127.0.0.1:{running.server_port}"
+        running.faults, running.asked, running.sent = [], [], 0
+        running.free = threading.Event()
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield running
         running.shutdown()
 
 
@@ -1807,21 +1859,126 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.fixture
+def big(server):
+    """The arguments of `download` for a file of 600,000 bytes on the server."""
+    content = np.random.default_rng(0).bytes(600_000)
+    (server.folder / "big").write_bytes(content)
+    return [f"{server.address}/big", server.folder.parent / "cache" / "big", len(content),
+            hashlib.sha256(content).hexdigest()]
+
+
+def test_both_modules_download_alike():
+    """bert_min and data_glue import nothing of each other: each has the same two functions."""
+    for name in ("download", "receive"):
+        ours, theirs = getattr(bert_min, name), getattr(data_glue, name)
+        assert inspect.getsource(ours) == inspect.getsource(theirs)
+    for module in (bert_min, data_glue):
+        assert (module.SCHEME, module.PAUSES, module.TIMEOUT) == ("https://", (1, 4), 30)
+
+
+@pytest.mark.parametrize("fault, reason", [
+    ("cut", "reset by peer|300000 bytes"), ("closed", "300000 bytes of 600000"),
+    ("stalled", "timed out"),
+    ("announced half", "300000 bytes of 600000"), ("other bytes", "600000 bytes of 600000"),
+    ("endless", "of 600000"), ("nonsense", "nonsense"),
+    ("moved away", "redirects to http://localhost")])
+def test_download_survives_two_faults_but_not_three(server, big, fault, reason, monkeypatch):
+    """The third try is the last: then one sentence names address, cause and place, and not a byte
+    stays. An endless answer is left after little more than the size."""
+    address, target, size, _ = big
+    if fault == "stalled":
+        monkeypatch.setattr(data_glue, "TIMEOUT", 0.5)
+    elif fault == "moved away":
+        monkeypatch.setattr(data_glue, "SCHEME", "http://127.0.0.1")
+    server.faults[:] = [fault] * 3
+    sentence = f"^{address} could not .*({reason}).* put the file at {target} by hand [^\n]*$"
+    with pytest.raises(OSError, match=sentence):
+        data_glue.download(*big)
+    assert len(server.asked) == 3 and not list(target.parent.iterdir()) and server.sent < 64 << 20
+    server.faults[:] = [fault] * 2
+    assert sha256(data_glue.download(*big)) == big[3]
+    assert [path.name for path in target.parent.iterdir()] == ["big"]
+    assert len(server.asked) == 6
+
+
+def test_download_follows_a_redirect_and_asks_only_once(server, big, capsys):
+    """A file that is there is not asked for again, whatever it is; Ctrl-C leaves nothing behind."""
+    address, target, size, right = big
+    server.faults[:] = ["stopped"]
+    with pytest.raises(KeyboardInterrupt):
+        data_glue.download(*big)
+    assert not list(target.parent.iterdir())
+    server.faults[:] = ["moved"]
+    assert data_glue.download(*big) == data_glue.download(*big) == target
+    assert server.asked == ["/big"] * 2 and sha256(target) == right
+    assert capsys.readouterr().out == 2 * f"downloading {address} (0.6 MB)\n"
+    target.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="big is not the file of .*: delete it"):
+        data_glue.download(*big)
+    assert target.read_bytes() == b"mine" and len(server.asked) == 2
+
+
+def test_only_https_is_asked(server, big, monkeypatch):
+    """And whatever the cause, the sentence is one line: of more, the command line shows one."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"\(no network\); .* hand"):
+        patch.setattr(data_glue, "receive", Mock(side_effect=OSError("no\nnetwork")))
+        data_glue.download(*big)
+    monkeypatch.setattr(data_glue, "SCHEME", "https://")
+    with pytest.raises(OSError, match="does not start with https://"):
+        data_glue.download(*big)
+    assert not server.asked
+
+
+def test_progress_on_a_terminal(server, big, monkeypatch, capsys):
+    """600,000 bytes come in pieces of 262,144, one every 2 s, thus at 0.13 MB/s: 43.7 % after the
+    first, 87.4 % after the second; 337,856 and 75,712 bytes are left for 2.6 s and 0.6 s."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    clock = Mock(perf_counter=itertools.count(0, 2).__next__)
+    monkeypatch.setattr(data_glue, "time", clock)
+    data_glue.download(*big)
+    _, *shown = capsys.readouterr().out.split("\r")
+    assert [line.strip() for line in shown] == [
+        "44%, 0.1 MB/s, eta 3 s", "87%, 0.1 MB/s, eta 1 s", "100%, 0.1 MB/s, eta 0 s"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on Windows")
+def test_two_processes_download_at_once(server, big):
+    """Each has its own temporary file; both end well, and only the file itself stays."""
+    target, server.faults[:] = big[1], ["held", "held"]
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                status = int(sha256(data_glue.download(*big)) != big[3])
+            except BaseException:
+                status = 2
+            os._exit(status)
+    end = time.monotonic() + 10
+    while len(list(target.parent.glob("big.*.tmp"))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    server.free.set()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert len(server.asked) == 2 and sha256(target) == big[3]
+    assert [path.name for path in target.parent.iterdir()] == ["big"]
+
+
 def test_bert_base_is_downloaded_once_and_verified(server, pretrained, monkeypatch):
     """Files come by name, with their SHA-256; afterwards no server is needed. Wrong bytes are
     refused and leave nothing behind, and so does a server that is not there."""
-    folder, address = server
+    folder, address = server.folder, server.address
     names = ("config.json", "vocab.txt", "model.safetensors")
     for name in names:
         (folder / name).write_bytes((pretrained / name).read_bytes())
     monkeypatch.setattr(bert_min, "BERT_BASE_URL", address)
-    right = {name: sha256(folder / name) for name in names}
-    monkeypatch.setattr(bert_min, "BERT_BASE_SHA256", {**right, "vocab.txt": "0" * 64})
+    right = {name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names}
+    monkeypatch.setattr(bert_min, "BERT_BASE_FILES", {**right, "vocab.txt": (9, "0" * 64)})
     with pytest.raises(OSError, match="vocab.txt could not be downloaded .*put the file at"):
         from_pretrained("bert-base-uncased")
     cache = bert_min.Path(bert_min.os.environ["CAP_CACHE"]) / "bert-base-uncased"
     assert [path.name for path in cache.iterdir()] == ["config.json"]
-    monkeypatch.setattr(bert_min, "BERT_BASE_SHA256", right)
+    monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right)
     wanted = from_pretrained(pretrained).bert.state_dict()
     got = from_pretrained("bert-base-uncased").bert.state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
@@ -1835,7 +1992,7 @@ def test_bert_base_is_downloaded_once_and_verified(server, pretrained, monkeypat
 def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
     """SST-2's zip gives its two files; MRPC's dev set is the listed pairs of the corpus; snli and
     an unreachable server are refused with the place where the file can be put by hand."""
-    folder, address = server
+    folder, address = server.folder, server.address
     with zipfile.ZipFile(folder / "SST-2.zip", "w") as archive:
         for name in ("train.tsv", "dev.tsv"):
             archive.write(glue / "SST-2" / name, f"SST-2/{name}")
@@ -1844,7 +2001,8 @@ def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
     (folder / "ids").write_text("20\t21\n")
     monkeypatch.setattr(data_glue, "GLUE_URL", address)
     monkeypatch.setattr(data_glue, "SENTEVAL_URL", address)
-    pin = {name: (name, sha256(folder / name)) for name in ("SST-2.zip", "corpus", "ids")}
+    pin = {name: (name, (folder / name).stat().st_size, sha256(folder / name))
+           for name in ("SST-2.zip", "corpus", "ids")}
     monkeypatch.setitem(data_glue.ARCHIVES, "sst2", pin["SST-2.zip"])
     monkeypatch.setattr(data_glue, "MRPC_TRAIN", pin["corpus"])
     monkeypatch.setattr(data_glue, "MRPC_DEV_IDS", pin["ids"])
@@ -1857,8 +2015,102 @@ def test_glue_archives_are_downloaded_and_unpacked(server, glue, monkeypatch):
     with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
         load("snli", "dev")
     monkeypatch.setattr(data_glue, "GLUE_URL", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="CoLA.zip could not be downloaded .*pass --data-dir"):
+    with pytest.raises(OSError, match="CoLA.zip could not be .* or pass --model or --data-dir"):
         load("cola", "dev")
+
+
+# ---------------------------------------------------------------- all cores, the cache
+
+
+@pytest.fixture
+def many(vocab, monkeypatch, tmp_path):
+    """23 pairs of many lengths, which count as many and make 4 chunks; two cores; a tokenizer."""
+    monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_glue, "MANY", 23)
+    monkeypatch.setattr(data_glue, "CHUNK", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    rows = [Example("The film " * (i % 5), "was good ! " * (i % 4), i % 3) for i in range(23)]
+    return rows, WordPiece(vocab)
+
+
+def same_ids(a, b):
+    return all(torch.equal(x, y) and x.dtype == y.dtype
+               for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+@pytest.mark.parametrize("breaks", ["nothing", "a worker dies", "no process can be had"])
+def test_all_cores_encode_like_one(many, breaks, monkeypatch):
+    """One example fewer than many is encoded here and leaves no file; many are encoded by other
+    processes, which break the count of calls here, unless these do not work."""
+    rows, tokenizer = many
+    few = encode_task(rows[:22], tokenizer, 16)
+    assert not data_glue.cache_folder().exists()
+    calls, encode_rows = [], data_glue.encode_rows
+    monkeypatch.setattr(data_glue, "encode_rows", lambda *a: calls.append(a) or encode_rows(*a))
+    if breaks == "a worker dies":
+        monkeypatch.setattr(data_glue, "start_worker", lambda *_: os._exit(1))
+    elif breaks == "no process can be had":
+        monkeypatch.setattr(data_glue, "ProcessPoolExecutor", Mock(side_effect=OSError))
+    data = encode_task(rows, tokenizer, 16)
+    assert len(calls) == (breaks != "nothing") and data.lengths.max() == 16
+    assert same_ids(data.head(22), data_glue.Encoded(data.tokens, *list(vars(few).values())[1:]))
+    assert torch.equal(data.tokens[:len(few.tokens)], few.tokens)
+    monkeypatch.setattr(data_glue, "MANY", 24)
+    assert same_ids(data, encode_task(rows, tokenizer, 16))
+
+
+def test_encoded_ids_are_kept_and_known_by_their_content(many, vocab, tmp_path, monkeypatch):
+    """The second time nothing is encoded. Another text, label, length, case or vocabulary makes
+    another file; one that is damaged is made anew; one that cannot be written does no harm."""
+    rows, tokenizer = many
+    encode_rows = Mock(side_effect=data_glue.encode_rows)
+    monkeypatch.setattr(data_glue, "encode_on_all_cores", encode_rows)
+    (tmp_path / "vocab.txt").write_bytes(vocab.read_bytes() + b"film !\n")
+    first = encode_task(rows, tokenizer, 16)
+    path, = (tmp_path / "cache" / "encoded").iterdir()
+    assert same_ids(encode_task(list(rows), WordPiece(vocab), 16), first)
+    assert encode_rows.call_count == 1
+    others = [[rows[0]._replace(**change)] + rows[1:]
+              for change in ({"text_a": "film"}, {"text_b": "film"}, {"label": 2})]
+    for change in (*((other, tokenizer, 16) for other in others), (rows, tokenizer, 15),
+                   (rows, WordPiece(vocab, lowercase=False), 16),
+                   (rows, WordPiece(tmp_path / "vocab.txt"), 16)):
+        encode_rows.reset_mock()
+        assert encode_task(*change).labels.tolist() == [row.label for row in change[0]]
+        assert encode_rows.call_count == 1
+    good = path.read_bytes()
+    for bad in (b"", good[:-4], good[:40] + b"?" + good[41:], b"?" + good[1:]):
+        path.write_bytes(bad)
+        assert same_ids(encode_task(rows, tokenizer, 16), first) and path.read_bytes() == good
+    monkeypatch.setenv("CAP_CACHE", str(vocab))  # a file, so no folder can be made in it
+    assert same_ids(encode_task(rows, tokenizer, 16), first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux' ps")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_is_left_behind(vocab, stop):
+    """Ctrl-C, which reaches every process of a terminal, or the end of the parent alone, while two
+    workers are at work: all end (state Z: ended, but nobody has asked for the exit status)."""
+    script = ("import os, sys, data_glue as d; d.MANY, d.CHUNK = 2, 20_000; "
+              "os.sched_getaffinity = lambda process: {0, 1}; "
+              "row = d.Example('the film was not good ' * 20, None, 0); "
+              "d.encode_task([row] * 1_000_000, d.WordPiece(sys.argv[1]))")
+    process = subprocess.Popen([sys.executable, "-c", script, str(vocab)], cwd=HERE,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.monotonic() + 100
+
+    def running():
+        states = subprocess.run(["ps", "-s", str(process.pid), "-o", "stat="], capture_output=True)
+        return sum(not state.startswith(b"Z") for state in states.stdout.split())
+
+    while running() < 3 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running() == 3
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+    assert process.wait(timeout=60) == -stop
+    while running() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running() == 0
 
 
 # ---------------------------------------------------------------------------- README
