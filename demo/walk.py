@@ -209,8 +209,11 @@ movement pruning. Clipping, Adam and the next mask follow."""
 
 def walk():
     """The text of demo/README.md."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums, and so the last digits, depend on how work is split
     with contextlib.redirect_stdout(sys.stderr):
         args, rows, data, model, banks, teacher_logits = prepare()
+    torch.set_num_threads(threads)
     batch = next(cap_min.batches(data, args.batch_size, args.seed))
     extra = torch.arange(ROWS)  # fewer rows than --extra: all are drawn
     layer, passed = model.get_submodule(NAME), []
