@@ -234,7 +234,7 @@ def processes():
 
 
 def rank():
-    """The number of this process, from 0. Process 0 alone writes and prints."""
+    """The number of this process, from 0. Process 0 alone writes files and prints progress."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
@@ -266,7 +266,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad[rank()::processes()] * processes(), None  # of which DDP takes the mean
+        return grad[rank()::processes()] * processes(), None  # DDP divides by as many
 
 
 def gather(rows, size):
@@ -478,8 +478,8 @@ def randomness(*place):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM. Where `patient`, within a step, the first one is only noted in `asked`, so
-    that the step can be ended and saved; else it raises KeyboardInterrupt at once."""
+    """Ctrl-C or SIGTERM. Where `patient`, among the steps of an epoch, the first one is only noted
+    in `asked`, so that the step is ended and saved; else it raises KeyboardInterrupt at once."""
 
     def __init__(self):
         self.patient = self.asked = False
@@ -513,6 +513,7 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
         epoch, done, kept = state["epoch"], state["batches"], state["kept"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        state.clear()  # of its memory, which the callers would hold as long as this goes on
 
     def save(epoch, batches_done):
         if checkpoints is not None:
@@ -534,9 +535,8 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
             batch = move(batch, device)
             with autocast(device, dtype):
                 logits, own_pooled = replica(*inputs(share(batch)))
-            own_pooled = own_pooled.float()
             terms = loss_terms(gather(logits.float(), len(batch["index"])),
-                               gather(own_pooled, len(batch["index"])), batch, chance)
+                               gather(own_pooled.float(), len(batch["index"])), batch, chance)
             to_log = step % LOG_EVERY == 0 or step == total - 1
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
@@ -552,9 +552,10 @@ def train(model, data, loss_terms, args, log, epochs, set_density=None, after_ep
                 log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, "lr": lr,
                      "loss": sum(values.values()), **values, "gradient_share": shares,
                      **progress.show(step, kept, values, lr)})
-            if STOP.asked or checkpoints is not None and checkpoints.due():
+            asked = bool(summed(torch.tensor(int(STOP.asked))))  # of any process: all stop here
+            if asked or checkpoints is not None and checkpoints.due():
                 save(epoch, i + 1)
-            if STOP.asked:
+            if asked:
                 raise KeyboardInterrupt
         STOP.patient = False
         if sys.stdout.isatty():
@@ -710,7 +711,8 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=N
     def after_epoch(epoch):
         snapshot = epoch // args.epochs if structured else epoch
         if "snc" in banks.bank and epoch < last_epoch and (
-                not structured or (epoch + 1) % args.epochs == 0):
+                not structured or (epoch + 1) % args.epochs == 0) and (
+                len(banks.bank["snc"].ancestors) <= snapshot):  # else made before a stop
             banks.add("snc", encode(model, data, args.compute_dtype), snapshot)
         scores = evaluate(model, args, epoch_dev, args.compute_dtype)
         print(f"epoch {epoch + 1}/{last_epoch + 1}, dev: {show_scores(scores)}", flush=True)
@@ -729,7 +731,6 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=N
         facts.update(phase="prune", stage=stage, layer_sizes=model.config.layer_sizes)
         train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
               args.epochs, set_density, after_epoch, stage * args.epochs, checkpoints, state)
-        state = None
     return model if structured else apply_masks(model), facts["over"]
 
 
@@ -884,7 +885,7 @@ class Checkpoints:
         self.seconds = {"teacher": 0.0, "banks": 0.0, "prune": 0.0, "total": 0.0}
         self.facts = {"phase": "teacher", "stage": 0, "over": None, "kept": {},
                       "seconds": self.seconds}  # what is saved beside the state of the training
-        self.last_tick = time.perf_counter()
+        self.last_tick, self.last_state = time.perf_counter(), None
 
     def tick(self, phase=None):
         """Count the time since the last call to the total and, if given, to a phase."""
@@ -944,10 +945,12 @@ class Checkpoints:
         if rank() == 0:
             before = self.states()
             number = int(before[0].split(".")[0].removeprefix("state-")) + 1 if before else 0
-            self.write(f"state-{number:06}", {"facts": self.facts, "training": training,
-                                              "log_size": self.log_path.stat().st_size})
-            for name in before[1:]:
-                (self.folder / name).unlink()
+            saved = self.write(f"state-{number:06}", {"facts": self.facts, "training": training,
+                                                      "log_size": self.log_path.stat().st_size})
+            for name in before:
+                if name != self.last_state:
+                    (self.folder / name).unlink()
+            self.last_state = saved
         self.last_time = time.monotonic()
 
     def newest(self):
@@ -959,7 +962,9 @@ class Checkpoints:
                 continue
             kept = {stem: self.read(file, mmap=True)
                     for stem, file in state["facts"]["kept"].items()}
-            if all(tensor is not None for tensor in kept.values()):
+            if (all(tensor is not None for tensor in kept.values())
+                    and state["log_size"] <= self.log_path.stat().st_size):
+                self.last_state = name
                 self.facts, self.seconds = state["facts"], state["facts"]["seconds"]
                 return state["training"], kept, state["log_size"]
         return None, {}, None
@@ -1006,7 +1011,8 @@ def provenance(args, data, dev_sets, device):
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__,
                          "machine": f"{platform.machine()}, {device.type}, "
-                                    f"{torch.get_num_threads()} threads"},
+                                    f"{torch.get_num_threads()} threads, "
+                                    f"{processes()} processes"},
             "source_sha256": hashlib.sha256(source).hexdigest(),
             "train_sha256": hashlib.sha256(rows).hexdigest(),
             "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}}}
@@ -1236,7 +1242,7 @@ def load_fine_tuned(folder, task, config):
 
 
 def check_schedule(args, size):
-    """ValueError unless `size` examples give the schedule room, and a batch every process an
+    """ValueError unless `size` examples give the schedule room, and a full batch every process an
     example; settles --score-init auto."""
     if args.batch_size < processes():
         raise ValueError(f"--batch-size {args.batch_size} is less than {processes()} processes")
@@ -1321,7 +1327,8 @@ def make_run(args, device, config):
         checkpoints.keep("logits", teacher_logits)
         checkpoints.facts.update(phase="banks", dense=dense)
         checkpoints.save()
-        state, teacher = None, None  # all that is needed of it is kept
+        state = None
+    del teacher  # all that is needed of it is kept
     checkpoints.tick()
     model, over = prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints, state)
     finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device)
@@ -1468,7 +1475,8 @@ def main(argv=None):
         print("error:", line if len(line) < 500 else f"{line[:500]} ...", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what was saved")
+        if rank() == 0:
+            print("\nstopped; the same command goes on from what was saved in the run folder")
         return 130
     return 0
 
@@ -1477,7 +1485,7 @@ def join_processes():
     """Under torchrun: one process of a group on this machine (gloo, or nccl where there are GPUs).
     Returns where this process may print: process 0 to the standard output, others nowhere."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
-        distributed.init_process_group()
+        distributed.init_process_group(timeout=timedelta(hours=2))  # others wait for downloads
     return sys.stdout if rank() == 0 else open(os.devnull, "w")
 
 

@@ -837,6 +837,17 @@ def test_log_tells_each_term_and_its_share(finished):
     assert steps[-34]["kept"] > 0.1 and max(line["lr"] for line in steps) == steps[11]["lr"] == 3e-3
 
 
+def test_gradient_shares_in_bf16(vocab):
+    """The loss reads an fp32 copy of the pooled vectors, the classifier the vectors themselves: the
+    share is of the gradient that reaches both."""
+    args, lines = cap_min.parse(["--task", "sst2"]), []
+    args.compute_dtype = torch.bfloat16
+    cap_min.train(BertClassifier(TINY), toy_data(vocab), lambda logits, pooled, batch, chance: {
+        "ce": cap_min.task_loss(logits, batch["labels"]), "prc": 1e-3 * pooled.sum()},
+        args, lines.append, epochs=1)
+    assert min(lines[0]["gradient_share"].values()) > 0
+
+
 def test_recipe():
     """The defaults are those of the paper's MNLI: 10 epochs of 392,702 rows in batches of 32 are
     122,720 steps, scores from 0; below 30,000 steps from the magnitude. Weights and scores have
@@ -1008,8 +1019,8 @@ def test_killed_at_any_moment_the_run_ends_the_same(method, pretrained, glue, tm
     ["--method", "structured", "--epochs", "1", "--sparsity", "0.15"]])
 def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_path, sitting):
     """Without dropout the weights are the same but for rounding, with CAP-m after 52 steps; of the
-    13 of each epoch the last has one example, and so none for the second process. A run that one
-    process began, and was told to stop after its first snapshot, two can end."""
+    13 of each epoch the last has one example, and so none for the second process. A run that two
+    began, and were told to stop in its twentieth step, one can end."""
     settings = json.loads((pretrained / "config.json").read_text())
     model = shutil.copytree(pretrained, tmp_path / "model")
     (model / "config.json").write_text(json.dumps(
@@ -1019,9 +1030,8 @@ def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_pat
                       for name in ("one", "two", "both"))
     assert sitting(one) == [0] and sitting(two, processes=2) == [0, 0]
     if "4" in options:
-        snapshot = tmp_path / "both" / "checkpoint" / "snc-0.*"
-        assert sitting(both, ("file", str(snapshot)), 0, signal.SIGTERM) == [130]
-        assert sitting(both, processes=2) == [0, 0]
+        stopped = sitting(both, ("randomness", 20), 0, signal.SIGTERM, processes=2)
+        assert stopped == [130, 130] and sitting(both) == [0]
     wanted = load_safetensors(tmp_path / "one" / "model" / "model.safetensors")
     for path in tmp_path.glob("[tb]*/model/model.safetensors"):
         torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
