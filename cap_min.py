@@ -31,7 +31,6 @@ import copy
 import ctypes
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -288,18 +287,16 @@ def encode(model, data, dtype=torch.float32, tokens=None):
     Of several processes each encodes every n-th batch; all have all vectors."""
     device, was_training = model.classifier.weight.device, model.training
     tokens = tokens or (2 ** 11 if device.type == "cpu" else 2 ** 16)
-    pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
+    pooled, turn = torch.zeros(len(data), model.config.hidden_size, device=device), 0
     lengths, order = data.lengths.sort(descending=True)  # alike in length: little padding
     model.eval()
     with torch.no_grad(), autocast(device, dtype):
-        for turn in itertools.count():
-            if not len(order):
-                break
+        while len(order):
             count = max(1, tokens // int(lengths[0]))
             if turn % processes() == rank():
                 batch = move(data.batch(order[:count]), device)
                 pooled[batch["index"]] = model(*inputs(batch))[1].float()
-            lengths, order = lengths[count:], order[count:]
+            lengths, order, turn = lengths[count:], order[count:], turn + 1
     model.train(was_training)
     return summed(pooled)
 
@@ -345,6 +342,13 @@ class Banks:
     def put(self, name, vectors, place):
         self.bank[name].ancestors[place:] = [vectors.to(self.device)]
 
+    def restore(self, kept):
+        """Take over what an earlier sitting kept: {stem: tensor}."""
+        for stem, vectors in kept.items():
+            name, _, place = stem.partition("-")
+            if name in self.bank:
+                self.put(name, vectors, int(place))
+
     def items(self):
         """(name, bank) of those that hold an ancestor yet: SnC comes with epoch 2."""
         return [(name, bank) for name, bank in self.bank.items() if bank.ancestors]
@@ -354,7 +358,7 @@ def new_banks(args, data, model, checkpoints):
     """Empty banks, on a GPU if they take at most half of what is free there. Elsewhere they are
     memory-mapped files in the run folder: the system keeps in memory what fits."""
     names = [name for name in ("prc", "snc", "fic") if name not in args.without]
-    snapshots = (len(stages(args)) if args.method == "structured" else args.epochs) - 1
+    snapshots = pruning_epochs(args) // snapshot_every(args) - 1
     count = sum(snapshots if name == "snc" else 1 for name in names)
     size, device = count * len(data) * model.config.hidden_size * 2, model.classifier.weight.device
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
@@ -649,8 +653,26 @@ def stages(args):
     return [*(sparsity for sparsity in tenths if sparsity < args.sparsity), args.sparsity]
 
 
+def pruning_epochs(args):
+    return args.epochs * len(stages(args))
+
+
 def teacher_epochs(args):
-    return min(TEACHER_EPOCHS, args.epochs * len(stages(args)))
+    return min(TEACHER_EPOCHS, pruning_epochs(args))
+
+
+def snapshot_every(args):
+    """Epochs from one snapshot to the next: CAP-f has one after each stage."""
+    return args.epochs if args.method == "structured" else 1
+
+
+def add_snapshot(args, data, model, banks, epoch):
+    """Enter the model after `epoch` in SnC, if it is a snapshot: the last one would serve nobody,
+    and one that was made before a stop is there."""
+    number, rest = divmod(epoch + 1, snapshot_every(args))
+    if ("snc" in banks.bank and not rest and epoch + 1 < pruning_epochs(args)
+            and len(banks.bank["snc"].ancestors) < number):
+        banks.add("snc", encode(model, data, args.compute_dtype), number - 1)
 
 
 def first_banks(args, data, model, teacher, checkpoints=None):
@@ -665,19 +687,22 @@ def first_banks(args, data, model, teacher, checkpoints=None):
     return banks, teacher.classifier(pooled).detach()
 
 
-def set_masks_at(model, args, step, total):
-    """The masks of `step`, eq. (3). Returns the share of weights kept and, for CAP-soft, its
-    threshold and the share over it, None once exactly k are kept all the same, as at the end.
+def set_masks_at(model, args, step, total, facts):
+    """The masks of `step`, eq. (3). Returns the share of weights kept. CAP-soft enters in `facts`
+    its "threshold" and, until in the end exactly k are kept, the share "over" it.
     NOTE deviation: CAP-soft's density is not left to its penalty but stays below eq. (3)."""
     warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
     kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
     if args.method != "soft":
         set_masks(model, kept)
-        return kept, 0.0, None
-    threshold = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
+        return kept
+    facts["threshold"] = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
     exact = step >= total - cool
-    over = set_soft_masks(model, threshold, kept, exact)
-    return (kept, threshold, None) if exact else (min(kept, over), threshold, over)
+    over = set_soft_masks(model, facts["threshold"], kept, exact)
+    if exact:
+        return kept
+    facts["over"] = over
+    return min(kept, over)
 
 
 def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=None, state=None):
@@ -688,34 +713,23 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=N
     device, structured = teacher_logits.device, args.method == "structured"
     epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
-    last_epoch = args.epochs * len(stages(args)) - 1
-    threshold = 0.0
 
     def loss_terms(logits, pooled, batch, chance):
         count = min(args.extra, len(data))
         extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
         terms = cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
         if args.method == "soft":
-            penalty = args.penalty * threshold / SOFT_THRESHOLD
+            penalty = args.penalty * facts["threshold"] / SOFT_THRESHOLD
             terms["l1"] = penalty * mean_sigmoid(model)  # eq. (8), CAP-soft
         return terms
 
     def set_density(step, total):
-        nonlocal threshold
-        if structured:
-            return left
-        kept, threshold, share = set_masks_at(model, args, step, total)
-        facts["over"] = facts["over"] if share is None else share
-        return kept
+        return left if structured else set_masks_at(model, args, step, total, facts)
 
     def after_epoch(epoch):
-        snapshot = epoch // args.epochs if structured else epoch
-        if "snc" in banks.bank and epoch < last_epoch and (
-                not structured or (epoch + 1) % args.epochs == 0) and (
-                len(banks.bank["snc"].ancestors) <= snapshot):  # else made before a stop
-            banks.add("snc", encode(model, data, args.compute_dtype), snapshot)
+        add_snapshot(args, data, model, banks, epoch)
         scores = evaluate(model, args, epoch_dev, args.compute_dtype)
-        print(f"epoch {epoch + 1}/{last_epoch + 1}, dev: {show_scores(scores)}", flush=True)
+        print(f"epoch {epoch + 1}/{pruning_epochs(args)}, dev: {show_scores(scores)}", flush=True)
         return {"dev": scores}
 
     if not structured:
@@ -724,8 +738,6 @@ def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=N
         if structured and state:
             model = of_sizes(model, facts["layer_sizes"])  # as it was saved
         elif structured:
-            print(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go",
-                  flush=True)
             model = remove_least_important(model, data, loss_terms, args, sparsity)
         left = 1 - sparsity_report(model)["total"]
         facts.update(phase="prune", stage=stage, layer_sizes=model.config.layer_sizes)
@@ -809,6 +821,8 @@ def remove_least_important(model, data, loss_terms, args, sparsity):
     """A stage of CAP-f: the model without the least important heads and neurons, of both so many
     that at least the share `sparsity` of those the model once had is gone. NOTE deviation: a layer
     may lose all of them."""
+    print(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go",
+          flush=True)
     masks, left = [], (1 - sparsity) * model.config.num_hidden_layers
     for importances, units in zip(importance(model, data, loss_terms, args),
                                   (model.config.num_attention_heads,
@@ -882,16 +896,16 @@ class Checkpoints:
         self.folder, self.log_path = run / "checkpoint", run / "log.jsonl"
         self.identity = json.dumps(config, sort_keys=True).encode()
         self.interval, self.last_time = 60 * minutes, time.monotonic()
-        self.seconds = {"teacher": 0.0, "banks": 0.0, "prune": 0.0, "total": 0.0}
-        self.facts = {"phase": "teacher", "stage": 0, "over": None, "kept": {},
-                      "seconds": self.seconds}  # what is saved beside the state of the training
+        self.facts = {  # what is saved beside the state of the training
+            "phase": "teacher", "stage": 0, "over": None, "kept": {},
+            "seconds": {"teacher": 0.0, "banks": 0.0, "prune": 0.0, "total": 0.0}}
         self.last_tick, self.last_state = time.perf_counter(), None
 
     def tick(self, phase=None):
         """Count the time since the last call to the total and, if given, to a phase."""
         now = time.perf_counter()
         for name in {"total", phase or "total"}:
-            self.seconds[name] += now - self.last_tick
+            self.facts["seconds"][name] += now - self.last_tick
         self.last_tick = now
 
     def digest(self, path):
@@ -913,12 +927,14 @@ class Checkpoints:
                           "before is kept") from None
         return name
 
+    def load(self, name, mmap):
+        return torch.load(self.folder / name, map_location="cpu", mmap=mmap, weights_only=True)
+
     def read(self, name, mmap=False):
         """What was written under this name; None if it is not whole, or of another run."""
         try:
             if self.digest(self.folder / name) == name.split(".")[1]:
-                return torch.load(self.folder / name, map_location="cpu", mmap=mmap,
-                                  weights_only=True)
+                return self.load(name, mmap)
         except OSError:
             pass
         print(f"{self.folder / name} is damaged, missing or of another run: not used")
@@ -930,7 +946,7 @@ class Checkpoints:
         if processes() > 1:
             distributed.broadcast_object_list(name)
         self.facts["kept"][stem] = name[0]
-        return self.read(name[0], mmap=True)
+        return self.load(name[0], mmap=True)  # just written: it need not be summed again
 
     def due(self):
         return time.monotonic() - self.last_time >= self.interval
@@ -965,7 +981,7 @@ class Checkpoints:
             if (all(tensor is not None for tensor in kept.values())
                     and state["log_size"] <= self.log_path.stat().st_size):
                 self.last_state = name
-                self.facts, self.seconds = state["facts"], state["facts"]["seconds"]
+                self.facts = state["facts"]
                 return state["training"], kept, state["log_size"]
         return None, {}, None
 
@@ -1020,7 +1036,7 @@ def provenance(args, data, dev_sets, device):
 
 def write_record(args, data, dev_sets, results, seconds, device):
     """record.json: all that a figure in a table must be able to show for itself."""
-    passes = {"teacher": teacher_epochs(args), "prune": args.epochs * len(stages(args))}
+    passes = {"teacher": teacher_epochs(args), "prune": pruning_epochs(args)}
     write_json({**provenance(args, data, dev_sets, device), **results,
                 "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
                 "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
@@ -1302,7 +1318,7 @@ def make_run(args, device, config):
     state, kept, log_size = checkpoints.newest()
     log = start_log(args.out, config, log_size)  # the input is sound: now something may be written
     start_of_scores = f", scores from {args.score_init}" if args.score_init else ""
-    print(f"{args.task}: {len(data)} examples, {args.epochs * len(stages(args))} epochs on "
+    print(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on "
           f"{device}, {args.compute_dtype}, {args.method}{start_of_scores}, run folder {args.out}",
           flush=True)
 
@@ -1312,10 +1328,7 @@ def make_run(args, device, config):
             flush=True)
     if kept:
         banks = new_banks(args, data, model, checkpoints)
-        for stem, vectors in kept.items():
-            name, _, place = stem.partition("-")
-            if name in banks.bank:
-                banks.put(name, vectors, int(place))
+        banks.restore(kept)
         teacher_logits = kept["logits"].to(device)
     else:
         checkpoints.tick()
@@ -1350,15 +1363,16 @@ def finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device):
     checkpoints.tick("prune")
     export(model, tokenizer, args.task, args.out / "model")
     model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
-    dense, pruned = checkpoints.facts["dense"], evaluate(model, args, dev_sets)
+    facts, pruned = checkpoints.facts, evaluate(model, args, dev_sets)
     sparsity = sparsity_report(model)
     left = 1 - sparsity["total"]
     density = {"before_cut": left if over is None else over, "after_cut": left}
     checkpoints.tick()
     if rank() == 0:
-        draw_curve(args.out, dense)
-        write_record(args, data, dev_sets, {"dense": dense, "pruned": pruned, "sparsity": sparsity,
-                                            "density": density}, checkpoints.seconds, device)
+        draw_curve(args.out, facts["dense"])
+        write_record(args, data, dev_sets, {"dense": facts["dense"], "pruned": pruned,
+                                            "sparsity": sparsity, "density": density},
+                     facts["seconds"], device)
 
 
 COMPARED = {  # run: (method, terms left out)
