@@ -242,6 +242,16 @@ def wait_for_all():
         distributed.barrier()
 
 
+@contextlib.contextmanager
+def process_0_first():
+    """Has process 0 run its body before the others: what it puts into the caches they find."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
+
+
 def summed(tensor):
     """Sum of `tensor` over all processes, in place."""
     if processes() > 1:
@@ -439,11 +449,12 @@ def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, 
 
 
 def gradient_shares(terms, pooled):
-    """{term: |d term / d pooled| as a share of the sum over terms}: who steers the encoder."""
+    """{term: |d term / d pooled| as a share of the sum over terms}: who steers the encoder.
+    pooled: (B, D), or of several processes each one's share."""
     norms = {}
     for name, term in terms.items():  # but the penalty on the scores, which is not of pooled
         grad, = torch.autograd.grad(term, pooled, retain_graph=True, allow_unused=True)
-        norms[name] = 0.0 if grad is None else grad.float().norm().item()
+        norms[name] = 0.0 if grad is None else summed(grad.float().norm() ** 2).sqrt().item()
     total = sum(norms.values()) or 1.0
     return {name: round(norm / total, 4) for name, norm in norms.items()}
 
@@ -1018,11 +1029,15 @@ def export(model, tokenizer, task, folder):
     wait_for_all()
 
 
+def train_sha256(data):
+    """Of the token ids and labels."""
+    return hashlib.sha256(data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
+
+
 def provenance(args, data, dev_sets, device):
     """What a record says of the program, the machine and the data that it comes from."""
     modules = ("bert_min.py", "data_glue.py", "cap_min.py")
     source = b"".join((HERE / name).read_bytes() for name in modules)
-    rows = data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()
     return {"config": run_config(args), "seed": args.seed,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__,
@@ -1030,7 +1045,7 @@ def provenance(args, data, dev_sets, device):
                                     f"{torch.get_num_threads()} threads, "
                                     f"{processes()} processes"},
             "source_sha256": hashlib.sha256(source).hexdigest(),
-            "train_sha256": hashlib.sha256(rows).hexdigest(),
+            "train_sha256": train_sha256(data),
             "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}}}
 
 
@@ -1066,7 +1081,8 @@ def draw_curve(folder, dense):
              '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
              f'<text x="480" y="280">step {last}</text>']
     for place, (name, color, values) in enumerate(curves):
-        points = " ".join(f"{60 + 500 * x / last:.1f},{260 - 220 * y:.1f}" for x, y in values)
+        points = " ".join(f"{60 + 500 * x / last:.1f},{260 - 220 * max(0, y):.1f}"
+                          for x, y in values)  # Matthews' and Pearson's can be below 0
         lines += [f'<polyline fill="none" stroke-width="2" stroke="{color}" points="{points}"/>',
                   f'<text x="{60 + 170 * place}" y="24" fill="{color}">{name}</text>']
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
@@ -1198,7 +1214,9 @@ def choose_device(args):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
-    if name == "cuda" and processes() > 1:
+    if processes() > 1 and name not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name} cannot be used by several processes: cuda or cpu can")
+    if processes() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
@@ -1226,17 +1244,14 @@ def load_data(args, tokenizer, config):
                          f"{config.max_position_embeddings} positions")
     if TASKS[args.task].text_b is not None and config.type_vocab_size < 2:
         raise ValueError(f"{args.model} knows one segment only, {args.task} is a task of pairs")
-    if rank() > 0:
-        wait_for_all()  # process 0 first: it fills the caches
-    splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
-    rows = splits["train"]
-    if args.max_train and args.max_train < len(rows):
-        chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
-        splits["train"] = [rows[i] for i in chosen]
-    data = {split: encode_task(examples, tokenizer, args.max_length)
-            for split, examples in splits.items()}
-    if rank() == 0:
-        wait_for_all()
+    with process_0_first():
+        splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
+        rows = splits["train"]
+        if args.max_train and args.max_train < len(rows):
+            chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
+            splits["train"] = [rows[i] for i in chosen]
+        data = {split: encode_task(examples, tokenizer, args.max_length)
+                for split, examples in splits.items()}
     return data.pop("train"), data
 
 
@@ -1308,7 +1323,8 @@ def make_run(args, device, config):
     """Teacher, banks, pruning, export, evaluation of the exported folder, record: from the start,
     or from where an earlier sitting was stopped."""
     checkpoints = Checkpoints(args.out, config, args.checkpoint_minutes)
-    source = model_folder(args.model)
+    with process_0_first():
+        source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
     model = from_pretrained(source, max(1, len(TASKS[args.task].words))).to(device)
@@ -1316,6 +1332,8 @@ def make_run(args, device, config):
     data, dev_sets = load_data(args, tokenizer, model.config)
     check_schedule(args, len(data))
     state, kept, log_size = checkpoints.newest()
+    if checkpoints.facts.setdefault("train_sha256", train_sha256(data)) != train_sha256(data):
+        raise ValueError(f"{args.out} was begun with other training rows: choose another --out")
     log = start_log(args.out, config, log_size)  # the input is sound: now something may be written
     start_of_scores = f", scores from {args.score_init}" if args.score_init else ""
     print(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on "

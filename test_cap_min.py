@@ -820,6 +820,15 @@ def test_run_folder(finished):
     xml.dom.minidom.parse(str(finished / "curve.svg"))
 
 
+def test_curve_of_a_score_below_0(tmp_path):
+    """0 is drawn at the height 260, 1 at 40; Matthews' -0.1 stays on the axis."""
+    lines = [{"phase": "prune", "step": step, "kept": 1, "dev": {"matthews": value}}
+             for step, value in ((1, -0.1), (2, 0.5))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cap_min.draw_curve(tmp_path, {"matthews": 1.0})
+    assert 'points="310.0,260.0 560.0,150.0"' in (tmp_path / "curve.svg").read_text()
+
+
 def test_log_tells_each_term_and_its_share(finished):
     """Every step of the pruning phase has the terms, which sum to the loss, and their gradient
     shares; SnC comes with the second epoch; every epoch has its dev score. Of 3 * 320 / 8 = 120
@@ -1035,6 +1044,28 @@ def test_two_processes_train_as_one(options, finished, pretrained, glue, tmp_pat
     wanted = load_safetensors(tmp_path / "one" / "model" / "model.safetensors")
     for path in tmp_path.glob("[tb]*/model/model.safetensors"):
         torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
+    logs = [[line["gradient_share"] for line in log_of(tmp_path / name) if "loss" in line]
+            for name in ("one", "two")]
+    for first, second in zip(*logs, strict=True):
+        assert first == pytest.approx(second, abs=2e-3)  # they are rounded to 1e-4
+
+
+def test_one_process_fills_the_caches(monkeypatch):
+    """Process 0 waits for the others after its turn, they for it before theirs."""
+    order = []
+    monkeypatch.setattr(cap_min, "wait_for_all", lambda: order.append("meet"))
+    for rank in (0, 1):
+        monkeypatch.setattr(cap_min, "rank", lambda: rank)
+        with cap_min.process_0_first():
+            order.append(rank)
+    assert order == [0, "meet", "meet", 1]
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_several_processes_do_not_share_a_gpu(device, monkeypatch):
+    monkeypatch.setattr(cap_min, "processes", lambda: 2)
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used by several processes"):
+        cap_min.choose_device(cap_min.parse(["--device", device]))
 
 
 @pytest.mark.parametrize("number, place, first, last", [
@@ -1097,6 +1128,20 @@ def test_damaged_checkpoints_are_not_used(pretrained, glue, tmp_path, sitting, c
     assert newest(lr=1.0) == (None, {}, None) and position() == whole - 1
     steps = len(log_of(out))
     assert sitting(options) == [0] and len(log_of(out)) > steps
+
+
+def test_a_stopped_run_goes_on_with_its_own_rows_only(pretrained, glue, tmp_path, sitting, capsys):
+    """One label of 320 is changed after a kill: refused, until it is changed back."""
+    folder = shutil.copytree(glue, tmp_path / "glue")
+    options = command(pretrained, folder, tmp_path / "run", "--checkpoint-minutes", "0")
+    assert sitting(options, ("save", 12), 0, signal.SIGKILL) == [-9]
+    train = folder / "SST-2" / "train.tsv"
+    text = train.read_text()
+    train.write_text(text[:-2] + "0\n")
+    assert text[-2] == "1" and main(options) == 2
+    assert f"error: {tmp_path}/run was begun with other training rows" in capsys.readouterr().err
+    train.write_text(text)
+    assert main(options) == 0 and "goes on where it was: teacher" in capsys.readouterr().out
 
 
 def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch):
