@@ -77,7 +77,7 @@ def topk_mask(scores, density):
 def topk_by_sample(flat, k):
     """`topk_mask` of a numpy vector without sorting it all: a sorted sample tells about where the
     k-th largest lies, a count how far off that is, and only a narrow band has to be searched."""
-    stride = 61  # a prime, not to fall into step with the rows of the matrix
+    stride = 127  # a prime, not to fall into step with the rows of the matrix
     sample = np.sort(flat[::stride])
     place = len(sample) * (1 - k / len(flat))
     mask = flat > sample[int(place)]
