@@ -12,7 +12,7 @@ Glossary: symbol of the equations -> name in the code, shape
     x_i, y_i  index, labels (B,)      example i, as its row in the training set, and its label
     z_i       pooled (B, D)           tanh-pooled [CLS] of the model that is being pruned
     q_i       q (B, D)                anchor, z_i / |z_i|. NOTE deviation: no dropout on z_i
-    b_j^m     bank[j, m] (N, K, D)    unit pooled vector of example j by ancestor m:
+    b_j^m     bank[m][j] (D,)         unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
     I, E      index, extra            the batch, and further examples drawn from the training set
     C_i, P_i  candidates (C, D)       what anchor i is compared with, and the positives among it
@@ -319,30 +319,14 @@ def inputs(batch):
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 
 
-class Bank:
-    """Unit pooled vectors of N examples by K ancestors, in half precision. Each ancestor's (N, D)
-    is a tensor of its own, on any device or in a memory-mapped file; of one tensor (N, K, D) the
-    bank has what `contrastive_loss` asks for."""
-
-    def __init__(self):
-        self.ancestors = []
-
-    def size(self, dim):
-        return (len(self.ancestors[0]), len(self.ancestors), self.ancestors[0].size(1))[dim]
-
-    def index_select(self, dim, rows):
-        """(R, K, D) of the examples `rows` (R,), on the device of `rows`."""
-        found = [vectors.index_select(0, rows.to(vectors.device)) for vectors in self.ancestors]
-        return torch.stack(found, dim=1).to(rows.device)
-
-
 class Banks:
-    """A `Bank` for each of the names "prc", "snc", "fic" that are used."""
+    """The banks of the names "prc", "snc", "fic" that are used. Each is a list of K tensors, the
+    unit pooled vectors (N, D) of all examples by one ancestor, in half precision."""
 
     def __init__(self, names, device, keep=None):
         """device: where the vectors lie. keep(stem, tensor) writes a tensor for a later sitting
         and returns it as it lies in the file."""
-        self.bank, self.device, self.keep = {name: Bank() for name in names}, device, keep
+        self.bank, self.device, self.keep = {name: [] for name in names}, device, keep
 
     def add(self, name, pooled, place=0):
         """The pooled vectors (N, D) of ancestor number `place` of a bank."""
@@ -350,7 +334,7 @@ class Banks:
         self.put(name, self.keep(f"{name}-{place}", vectors) if self.keep else vectors, place)
 
     def put(self, name, vectors, place):
-        self.bank[name].ancestors[place:] = [vectors.to(self.device)]
+        self.bank[name][place:] = [vectors.to(self.device)]
 
     def restore(self, kept):
         """Take over what an earlier sitting kept: {stem: tensor}."""
@@ -361,7 +345,7 @@ class Banks:
 
     def items(self):
         """(name, bank) of those that hold an ancestor yet: SnC comes with epoch 2."""
-        return [(name, bank) for name, bank in self.bank.items() if bank.ancestors]
+        return [(name, bank) for name, bank in self.bank.items() if bank]
 
 
 def new_banks(args, data, model, checkpoints):
@@ -386,17 +370,20 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
                      temperature=0.1, norm="official"):
     """Unsupervised and supervised contrastive loss of a batch against one bank, eq. (4) to (7).
 
-    queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: (N, K, D) unit
-    vectors, a tensor or a `Bank`. bank_labels: (N,). extra: (E,) rows of the bank, drawn without
-    replacement.
+    queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: unit vectors, a
+    tensor (N, K, D) or a list of K tensors (N, D) on any device. bank_labels: (N,). extra: (E,)
+    rows of the bank, drawn without replacement.
     norm: "official" divides by the number of positives of the whole batch, as the published
     code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
     Returns (unsup, sup): two scalars, not weighted."""
     q = F.normalize(queries, dim=-1)  # (B, D)
     drawn = torch.cat([index, extra])  # (B + E,)
-    ancestors = bank.index_select(0, drawn).to(q.dtype).flatten(0, 1)  # ((B + E) K, D)
-    candidate_index = torch.cat([index, drawn.repeat_interleave(bank.size(1))])  # (C,)
-    candidate_labels = torch.cat([labels, bank_labels[drawn].repeat_interleave(bank.size(1))])
+    if isinstance(bank, torch.Tensor):
+        bank = bank.unbind(1)  # K of (N, D)
+    ancestors = torch.stack([vectors.index_select(0, drawn.to(vectors.device)) for vectors in bank])
+    ancestors = ancestors.to(q).flatten(0, 1)  # (K (B + E), D)
+    candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
+    candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
     similarity = torch.cat([q @ q.detach().T, q @ ancestors.T], dim=1) / temperature  # eq. (4)
     itself = torch.eye(*similarity.shape, dtype=torch.bool, device=q.device)  # (B, C)
     log_p = torch.where(itself, -torch.inf, similarity).log_softmax(dim=1)  # (B, C), eq. (5)
@@ -442,7 +429,7 @@ def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, 
                                                     args.kd_temperature)
     for name, bank in banks.items():
         unsup, sup = contrastive_loss(pooled, batch["index"], bank_labels[batch["index"]], bank,
-                                      bank_labels, extra[:args.extra // bank.size(1)],
+                                      bank_labels, extra[:args.extra // len(bank)],
                                       args.temperature, args.norm)
         terms[name] = args.w_unsup * unsup + args.w_sup * sup  # eq. (8)
     return terms
@@ -682,7 +669,7 @@ def add_snapshot(args, data, model, banks, epoch):
     and one that was made before a stop is there."""
     number, rest = divmod(epoch + 1, snapshot_every(args))
     if ("snc" in banks.bank and not rest and epoch + 1 < pruning_epochs(args)
-            and len(banks.bank["snc"].ancestors) < number):
+            and len(banks.bank["snc"]) < number):
         banks.add("snc", encode(model, data, args.compute_dtype), number - 1)
 
 

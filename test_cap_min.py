@@ -470,8 +470,8 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab):
     snapshots = [torch.randn(10, 16), torch.randn(10, 16)]
     for place, pooled in [(0, snapshots[1]), (1, snapshots[0]), *enumerate(snapshots)]:
         banks.add("snc", pooled, place)  # in a later sitting the same place is filled again
-    got = {name: bank.index_select(0, torch.arange(10)) for name, bank in banks.items()}
-    assert [bank.size(1) for _, bank in banks.items()] == [1, 2, 1]
+    got = {name: torch.stack(bank, dim=1) for name, bank in banks.items()}
+    assert [bank.size(1) for bank in got.values()] == [1, 2, 1]
     assert {vectors.dtype for vectors in got.values()} == {torch.float16}
     wanted = {"prc": [encode(model, data)], "fic": [encode(teacher, data)], "snc": snapshots}
     for name, pooled in wanted.items():
@@ -660,13 +660,16 @@ def test_dropout_keeps_its_share_and_the_mean():
 CASES = json.loads((HERE / "fixtures" / "contrastive_cases.json").read_text())["cases"]
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_published_loss(case):
+def test_published_loss(case, listed):
     """Values and gradients that the published code gives for seeded inputs: K = 1 to 3 ancestors,
-    rows drawn again, several tau and weights. Eq. (4) to (7)."""
+    in one tensor or a list of K, rows drawn again, several tau and weights. Eq. (4) to (7)."""
+    bank = tensor(case["bank"])
     queries = tensor(case["queries"]).requires_grad_()
     index, labels = tensor(case["batch_index"], LONG), tensor(case["bank_labels"], LONG)
-    unsup, sup = contrastive_loss(queries, index, labels[index], tensor(case["bank"]), labels,
+    unsup, sup = contrastive_loss(queries, index, labels[index],
+                                  list(bank.unbind(1)) if listed else bank, labels,
                                   tensor(case["extra_index"], LONG), case["temperature"])
     total = case["w_unsup"] * unsup + case["w_sup"] * sup
     for name, value in (("unsup", unsup), ("sup", sup), ("total", total)):

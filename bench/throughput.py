@@ -184,7 +184,7 @@ def prune_side(options):
             "contrastive_ms": contrastive_ms(args, data, banks),
             "snapshot_of_epoch": snapshot * args.epochs / (total - sum(encoding)),
             "bank_bytes": sum(vectors.nbytes for _, bank in banks.items()
-                              for vectors in bank.ancestors)}
+                              for vectors in bank)}
 
 
 def contrastive_ms(args, data, banks):
@@ -195,7 +195,7 @@ def contrastive_ms(args, data, banks):
     times = []
     for batch in list(batches(data, args.batch_size, 2))[:30]:
         batch = cap_min.move(batch, device)
-        pooled = torch.randn(len(batch["index"]), banks.bank["prc"].size(2), device=device,
+        pooled = torch.randn(len(batch["index"]), banks.bank["prc"][0].size(1), device=device,
                              requires_grad=True)
         extra = torch.randperm(len(data))[:args.extra].to(device)
         logits = teacher[batch["index"]]

@@ -92,7 +92,7 @@ def anchor_section(rows, q, banks, index, extra):
     own = index[ANCHOR]
     ancestors = (("PrC", "pre-trained"), ("SnC", "itself, a moment ago, with all weights"),
                  ("FiC", "fine-tuned"))
-    cosines = (q[ANCHOR] @ banks.bank[name.lower()].index_select(0, own[None])[0, 0].float()
+    cosines = (q[ANCHOR] @ banks.bank[name.lower()][0][own].float()
                for name, _ in ancestors)
     lines = [(*both, f"{cosine.item():.3f}") for both, cosine in zip(ancestors, cosines)]
     text = paragraph(f"""In each bank (`contrastive_loss` is called once for each) the anchor meets
@@ -115,7 +115,7 @@ example, by the cosine with q:
 
 def positives_section(args, rows, data, q, banks, index, extra):
     bank_rows = torch.cat([index, extra])
-    vectors = banks.bank["prc"].index_select(0, bank_rows)[:, 0].float()
+    vectors = banks.bank["prc"][0][bank_rows].float()
     candidates = torch.cat([q, vectors])  # (C, D)
     row_of = torch.cat([index, bank_rows])  # of each candidate
     s = candidates @ q[ANCHOR] / args.temperature
