@@ -70,8 +70,14 @@ def topk_mask(scores, density):
         return torch.ones_like(scores, dtype=torch.bool)
     if flat.device.type == "cpu":
         return torch.from_numpy(topk_by_sample(flat.numpy(), k)).view_as(scores)
-    kept = flat.sort(descending=True, stable=True).indices[:k]
-    return torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, kept, True).view_as(scores)
+    return topk_by_edge(flat, k).view_as(scores)
+
+
+def topk_by_edge(flat, k):
+    """`topk_mask` of a vector on a GPU, which selects without sorting."""
+    edge = flat.topk(k, sorted=False).values.min()
+    above, ties = flat > edge, flat == edge
+    return above | ties & (ties.cumsum(0) <= k - above.sum())
 
 
 def topk_by_sample(flat, k):
@@ -312,7 +318,8 @@ def encode(model, data, dtype=torch.float32, tokens=None):
 
 
 def move(batch, device):
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    on_gpu = device.type == "cuda"  # which then need not wait for what it was given before
+    return {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
 
 
 def inputs(batch):
@@ -355,6 +362,8 @@ def new_banks(args, data, model, checkpoints):
     snapshots = pruning_epochs(args) // snapshot_every(args) - 1
     count = sum(snapshots if name == "snc" else 1 for name in names)
     size, device = count * len(data) * model.config.hidden_size * 2, model.classifier.weight.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds back counts as taken
     if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
         device = torch.device("cpu")
     place = device if device.type == "cuda" else "memory-mapped files" if checkpoints else "memory"
@@ -380,8 +389,9 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     drawn = torch.cat([index, extra])  # (B + E,)
     if isinstance(bank, torch.Tensor):
         bank = bank.unbind(1)  # K of (N, D)
-    ancestors = torch.stack([vectors.index_select(0, drawn.to(vectors.device)) for vectors in bank])
-    ancestors = ancestors.to(q).flatten(0, 1)  # (K (B + E), D)
+    rows = drawn.to(bank[0].device)  # (B + E,)
+    ancestors = torch.stack([vectors.index_select(0, rows) for vectors in bank])
+    ancestors = ancestors.to(q.device).to(q.dtype).flatten(0, 1)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
     similarity = torch.cat([q @ q.detach().T, q @ ancestors.T], dim=1) / temperature  # eq. (4)
@@ -1504,7 +1514,8 @@ def join_processes():
     """Under torchrun: one process of a group on this machine (gloo, or nccl where there are GPUs).
     Returns where this process may print: process 0 to the standard output, others nowhere."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
-        distributed.init_process_group(timeout=timedelta(hours=2))  # others wait for downloads
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
     return sys.stdout if rank() == 0 else open(os.devnull, "w")
 
 

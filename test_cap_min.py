@@ -391,11 +391,12 @@ def test_mask_is_the_head_of_a_stable_sort(size, density):
     torch.manual_seed(size)
     k = max(1, round(density * size))
     for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
-                   (torch.arange(size) % 61).float(), torch.arange(size).double()):
+                   (torch.arange(size) % 127).float(), torch.arange(size).double()):
         wanted = torch.zeros(size, dtype=torch.bool)
         wanted[scores.sort(descending=True, stable=True).indices[:k]] = True
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             assert torch.equal(topk_mask(scores.to(device), density).cpu(), wanted)
+        assert k == size or torch.equal(cap_min.topk_by_edge(scores, k), wanted)  # as on a GPU
 
 
 @pytest.mark.parametrize("score_init", ["zero", None])
@@ -1062,6 +1063,15 @@ def test_one_process_fills_the_caches(monkeypatch):
         with cap_min.process_0_first():
             order.append(rank)
     assert order == [0, "meet", "meet", 1]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_two_gpus(pretrained, glue, tmp_path, sitting):
+    """By nccl, with what is exchanged on the CPU by gloo."""
+    options = command(pretrained, glue, tmp_path, "--device", "cuda")
+    assert sitting(options, processes=2) == [0, 0]
+    assert json.loads((tmp_path / "record.json").read_text())["dense"]["accuracy"] == 1
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])

@@ -91,8 +91,8 @@ def median_ms(function, device, seconds):
     while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times[2:])
 
@@ -127,8 +127,8 @@ def measure(options, device):
               + ", ".join(f"{name} {ms[name]:.2f} ms ({ratios[name]:.2f} x ours)"
                           for name in list(functions)[:2])
               + f", logits differ by {difference:.0e}", flush=True)
-    return {"what": Path(options.run).name, "processor": processor(), "rounds": options.rounds,
-            "sparsity": cap_min.sparsity_report(reference)["total"],
+    return {"what": Path(options.run).name, "processor": processor(), "device": str(device),
+            "rounds": options.rounds, "sparsity": cap_min.sparsity_report(reference)["total"],
             "layer_sizes": reference.config.layer_sizes, "bytes": sizes, "rows": rows,
             "torch": torch.__version__, "date": str(date.today())}
 
@@ -142,7 +142,7 @@ def main():
                         default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="a form in a round, at least")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/latency-NAME.json")
     options = parser.parse_args()
     cap_min.keep_freed_memory()
