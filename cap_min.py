@@ -1329,7 +1329,8 @@ def make_run(args, device, config):
     data, dev_sets = load_data(args, tokenizer, model.config)
     check_schedule(args, len(data))
     state, kept, log_size = checkpoints.newest()
-    if checkpoints.facts.setdefault("train_sha256", train_sha256(data)) != train_sha256(data):
+    rows = train_sha256(data)
+    if checkpoints.facts.setdefault("train_sha256", rows) != rows:
         raise ValueError(f"{args.out} was begun with other training rows: choose another --out")
     log = start_log(args.out, config, log_size)  # the input is sound: now something may be written
     start_of_scores = f", scores from {args.score_init}" if args.score_init else ""

@@ -92,8 +92,7 @@ def anchor_section(rows, q, banks, index, extra):
     own = index[ANCHOR]
     ancestors = (("PrC", "pre-trained"), ("SnC", "itself, a moment ago, with all weights"),
                  ("FiC", "fine-tuned"))
-    cosines = (q[ANCHOR] @ banks.bank[name.lower()][0][own].float()
-               for name, _ in ancestors)
+    cosines = (q[ANCHOR] @ banks.bank[name.lower()][0][own].float() for name, _ in ancestors)
     lines = [(*both, f"{cosine.item():.3f}") for both, cosine in zip(ancestors, cosines)]
     text = paragraph(f"""In each bank (`contrastive_loss` is called once for each) the anchor meets
         the {len(index) - 1} other anchors of the batch, the ancestor's vectors of the batch's
