@@ -1451,11 +1451,11 @@ def probe(args):
         raise ValueError(f"{args.probe} is no finished run with a record.json") from None
     args.model, scores = args.probe / "model", {}
     device, tokenizer = choose_device(args), load_tokenizer(args.model)
-    for name, folder in folders.items():
-        model = from_pretrained(folder, max(1, len(TASKS[args.task].words))).to(device)
-        if not scores:
-            data, dev_sets = load_data(args, tokenizer, model.config)
-        fit_classifier(model, data)
+    models = {name: from_pretrained(folder, max(1, len(TASKS[args.task].words)))
+              for name, folder in folders.items()}  # a missing one is told before the work
+    data, dev_sets = load_data(args, tokenizer, models["pruned"].config)
+    for name, model in models.items():
+        fit_classifier(model.to(device), data)
         scores[name] = evaluate(model, args, dev_sets)
         print(f"{name}, dev: {show_scores(scores[name])}", flush=True)
     write_json({**provenance(args, data, dev_sets, device), "run": config, **scores},

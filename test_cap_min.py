@@ -1308,6 +1308,14 @@ def test_probe(finished, pretrained, glue, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
     assert main(command(pretrained, glue, tmp_path, "--probe", str(pretrained))) == 2
     assert "is no finished run with a record.json" in capsys.readouterr().err
+    record = json.loads((finished / "record.json").read_text())
+    record["config"]["model"] = "gone"
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    shutil.copytree(finished / "model", tmp_path / "model")
+    shutil.copytree(finished / "teacher", tmp_path / "teacher")
+    assert main(command(pretrained, glue, tmp_path, "--probe", str(tmp_path))) == 2
+    out, error = capsys.readouterr()
+    assert "gone: no such folder" in error and "dev:" not in out  # before any work
 
 
 def test_step_line_fits_in_120_columns(capsys):
