@@ -1506,7 +1506,7 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         if rank() == 0:
-            print("\nstopped; the same command goes on from what was saved in the run folder")
+            print("\nstopped; the same command goes on from what a run saved (a probe begins anew)")
         return 130
     return 0
 
