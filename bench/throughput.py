@@ -9,9 +9,10 @@ Sides: "transformers" BertForSequenceClassification with sdpa attention, all wei
                       both banks, masks, losses, a snapshot and a dev score after each epoch
 All have the same bucketed batches, number type, clipping and schedule. Each side of each repeat is
 a process of its own, in turn, so that memory is counted apart and the machine's moods are shared.
-With --before FOLDER, a checkout of an older commit, its pruning phase is measured beside.
-With --published PYTHON FOLDER a further side times steps of the published code, from a checkout of
-its folder UnstructuredPruning, by a PYTHON that has a transformers of its time (4.30 works)."""
+With --before FOLDER, a checkout of an older commit, the steps of its pruning phase are profiled.
+With --published PYTHON FOLDER a further side times the published code, from a checkout of its
+folder UnstructuredPruning, by a PYTHON that has a transformers of its time (4.30 works): steps, and
+batches of the encoding that it makes once an epoch."""
 
 import argparse
 import copy
@@ -207,8 +208,9 @@ def contrastive_ms(args, data, banks):
 
 
 def published_side(options):
-    """Steps of the published code: teacher run each step, all padded to 128. Run by its own PYTHON,
-    in the folder of the checkout. Its snapshots, encoded once an epoch, are not counted."""
+    """An epoch of the published code: teacher run each step, all padded to 128, and as many batches
+    of the bank that is encoded before it. Its fine-tuned bank and dev scores are not counted. Run
+    by its own PYTHON, in the folder of the checkout."""
     sys.path.insert(0, os.getcwd())
     from emmental import MaskedBertConfig, MaskedBertForSequenceClassification
     config = MaskedBertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536,
@@ -218,15 +220,16 @@ def published_side(options):
     from transformers import BertConfig as TheirConfig, BertForSequenceClassification
     teacher = BertForSequenceClassification(TheirConfig(
         hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2)).eval()
-    bank = torch.nn.functional.normalize(torch.randn(options.rows, 1, 384), dim=-1)
+    rows = max(options.rows, 4096)  # it draws as many extra examples
+    bank = torch.nn.functional.normalize(torch.randn(rows, 1, 384), dim=-1)
     model.global_representations_bank_pretrained = bank
     model.global_representations_bank_finetuned = bank
     model.global_representations_bank_snaps = bank.expand(-1, 2, -1).contiguous()
-    model.global_labels_bank = torch.arange(options.rows) % 2
+    model.global_labels_bank = torch.arange(rows) % 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
-    times = []
+    times, encoding = [], []
     for _ in range(6):
-        ids, index = torch.randint(1000, 30000, (32, 128)), torch.randperm(options.rows)[:32]
+        ids, index = torch.randint(1000, 30000, (32, 128)), torch.randperm(rows)[:32]
         start = time.perf_counter()
         mask = torch.ones_like(ids)
         loss, logits = model(input_ids=ids, attention_mask=mask, labels=index % 2, idx=index,
@@ -240,7 +243,13 @@ def published_side(options):
         optimizer.step()
         model.zero_grad()
         times.append(time.perf_counter() - start)
-    return {"examples_per_second": 32 / statistics.median(times[1:])}
+        start = time.perf_counter()
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, labels=index % 2, idx=index,
+                  token_type_ids=torch.zeros_like(ids), threshold=0.03, encode_example=True)
+        encoding.append(time.perf_counter() - start)
+    step, bank = statistics.median(times[1:]), statistics.median(encoding[1:])
+    return {"examples_per_second": 32 / (step + bank), "step_s": step, "encode_batch_s": bank}
 
 
 # ------------------------------------------------------------------- single measures
@@ -360,7 +369,8 @@ def compare(options, task):
     repeats = []
     for _ in range(options.repeats):
         repeats.append({side: measure(side, options, task) for side in sides})
-    before = measure("prune", options, task, options.before) if options.before else None
+    few = argparse.Namespace(**{**vars(options), "epochs": 3})  # enough for a profile
+    before = measure("prune", few, task, options.before) if options.before else None
     last = repeats[-1]["prune"]
 
     def median(value):
@@ -392,8 +402,8 @@ def main():
     parser.add_argument("--model", required=True, help="folder, or base: BERT-base's sizes, random")
     parser.add_argument("--data-dir", help="folder with the tasks' folders")
     parser.add_argument("--tasks", nargs="+", default=["sst2", "mnli"])
-    parser.add_argument("--rows", type=int, default=4800)
-    parser.add_argument("--epochs", type=int, default=5, help="of pruning")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--epochs", type=int, default=10, help="of pruning")
     parser.add_argument("--warm", type=int, default=40, help="steps before the clock starts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
