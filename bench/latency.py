@@ -49,7 +49,10 @@ def folders(run, scratch):
     record = json.loads((Path(run) / "record.json").read_text(encoding="utf-8"))
     if record["config"]["method"] != "structured":
         return Path(run) / "model", Path(run) / "model"
-    return Path(run) / "model", cap_min.teacher_folder(Path(run), record["config"])
+    dense = Path(cap_min.teacher_folder(Path(run), record["config"]))
+    if not dense.is_dir():
+        sys.exit(f"{dense}, the dense model that {run} was made from, is not there")
+    return Path(run) / "model", dense
 
 
 def file_sizes(folder, scratch):
