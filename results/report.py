@@ -4,6 +4,8 @@ Run:  python results/report.py             rewrites README.md in place
       python results/report.py --picture   draws demo.svg too (needs matplotlib)
 A record is the record.json of a run, named TASK-METHOD-seedN.json; its log.jsonl lies beside it
 as TASK-METHOD-seedN.jsonl. Those of `cap_min.py --compare 5` are in demo/, as METHOD-seedN.json.
+Those of every pruning criterion are in methods/, as TASK-METHOD-TERMS.json (cap: with the
+contrastive terms, kd: without), with the latencies and probes of some of them.
 Text between `<!-- name -->` and `<!-- end -->` in README.md is made here."""
 
 import json
@@ -28,13 +30,17 @@ METHODS = {"dense": "dense (the teacher)", "magnitude": "magnitude", "movement":
            "cap-no-snc": "CAP without SnC", "cap-no-fic": "CAP without FiC"}
 
 
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def records(paths=None):
     """{task: {method: {seed: record}}}. AssertionError unless the runs of a task differ in method
     alone: the same options, training rows, source and dense scores."""
     found = {}
     for path in sorted(paths or HERE.glob("*-seed*.json")):
         method, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read(path)
         task = record["config"]["task"]
         methods = found.setdefault(task, {})
         methods.setdefault(method.removeprefix(f"{task}-"), {})[int(seed)] = record
@@ -146,9 +152,77 @@ def draw_demo():
     figure.savefig(HERE / "demo.svg", metadata={"Date": None})
 
 
+def method_records():
+    """{task: {METHOD-TERMS: record}} of methods/. AssertionError unless the runs of a task have the
+    same rows, source and teacher, and each the options of the one with the contrastive terms."""
+    found = {}
+    for task in ("sst2", "mnli"):
+        runs = found[task] = {path.stem.removeprefix(f"{task}-"): read(path)
+                              for path in (HERE / "methods").glob(f"{task}-*.json")}
+        for name, run in runs.items():
+            assert same(run)[1:] == same(runs["movement-cap"])[1:], f"{task}-{name}"
+            assert same(run) == same(runs[name.split("-")[0] + "-cap"]), f"{task}-{name}"
+    return found
+
+
+def methods_table():
+    """Every criterion without and with the contrastive terms, on each task."""
+    lines = ["| task | weights left | criterion | without contrastive terms | with them | "
+             "difference |", "|---|---|---|---|---|---|"]
+    for task, runs in method_records().items():
+        plain = runs["movement"]
+        lines += [f"| {task} | 100.0 % | none: the teacher | {show(plain['dense'])} | | |",
+                  f"| {task} | {100 - 100 * plain['sparsity']['total']:.1f} % | movement, "
+                  f"cross-entropy alone | {show(plain['pruned'])} | | |"]
+        for name, method in (("movement", "movement (CAP-m)"), ("soft", "soft (CAP-soft)"),
+                             ("magnitude", "magnitude"), ("structured", "heads, neurons (CAP-f)")):
+            without, with_them = (runs[f"{name}-{terms}"]["pruned"] for terms in ("kd", "cap"))
+            left = 100 - 100 * runs[f"{name}-cap"]["sparsity"]["total"]
+            more = "/".join(f"{100 * (with_them[key] - without[key]):+.1f}" for key in without)
+            lines.append(f"| {task} | {left:.1f} % | {method} | {show(without)} | "
+                         f"{show(with_them)} | {more} |")
+    return "\n".join(lines)
+
+
+def show(scores):
+    return "/".join(f"{100 * value:.1f}" for value in scores.values())
+
+
+def structured_table():
+    """CAP-f on SST-2 at several sparsities: its score, size, and speed beside the dense teacher."""
+    records, lines = method_records()["sst2"], []
+    for name in ("structured50-cap", "structured80-cap", "structured-cap"):
+        latency = read(HERE / "methods" / f"latency-sst2-{name}.json")
+        rows = [row for row in latency["rows"] if row["threads"] == 1]
+        whole, left = (latency["bytes"][f"encoder matrices, {form}"] / 1e6
+                       for form in ("dense fp32", "plain"))
+        faster = " | ".join(f"{row['ratios']['transformers fp32']:.1f}" for row in rows)
+        lines.append(f"| {latency['sparsity']:.1%} | {show(records[name]['pruned'])} | "
+                     f"{left:.1f} of {whole:.1f} | {faster} |")
+    sizes = " | ".join(f"{row['batch']} x {row['length']}" for row in rows)
+    return "\n".join([f"| weights removed | dev score | encoder matrices, MB | {sizes} |",
+                      "|---" * (3 + len(rows)) + "|", *lines])
+
+
+def probe_table():
+    """Linear classifiers on the frozen encoders of MNLI's runs, for other tasks."""
+    lines = ["| probed task, rows | metric | pre-trained | fine-tuned, dense | movement | "
+             "movement + KD | CAP |", "|---" * 7 + "|"]
+    for task in ("rte", "mrpc", "cola", "snli"):
+        probes = [read(HERE / "methods" / f"probe-mnli-{run}-{task}.json")
+                  for run in ("movement", "movement-kd", "movement-cap")]
+        first = probes[0]
+        assert all(probe["train_sha256"] == first["train_sha256"] for probe in probes)
+        for metric in first["dense"]:
+            cells = [first["pretrained"], first["dense"], *(probe["pruned"] for probe in probes)]
+            lines.append(f"| {task}, {first['examples']['train']:,} | {metric} | "
+                         + " | ".join(f"{100 * cell[metric]:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def throughput():
     """The record of the last run of bench/throughput.py."""
-    return json.loads((HERE / "throughput.json").read_text(encoding="utf-8"))
+    return read(HERE / "throughput.json")
 
 
 def throughput_table():
@@ -178,7 +252,7 @@ def throughput_table():
         row("pruning phase, examples/s", lambda t, f: f"{f['examples_per_second']['prune']:.0f}"),
         row("against transformers' fine-tuning", against("transformers")),
         row("against bert_min's dense fine-tuning, embeddings frozen", against("dense")),
-        row("against steps of the published code", against("published")),
+        row("against the published code", against("published")),
         row("masks, share of a step at 97 %", share(lambda f: f["parts_ms"]["masks"])),
         row("contrastive terms, forward and backward, share of a step",
             share(lambda f: f["contrastive_ms"])),
@@ -211,8 +285,7 @@ def profile_table():
 def latency_table():
     """One row for each model, batch and length: ours beside transformers, with one thread and with
     all; under them the sizes of the files."""
-    records = [json.loads(path.read_text(encoding="utf-8"))
-               for path in sorted(HERE.glob("latency-*.json"))]
+    records = [read(path) for path in sorted(HERE.glob("latency-*.json"))]
     threads = sorted({row["threads"] for row in records[0]["rows"]})
     names = [f"{count} thread{'s' * (count > 1)}" for count in threads]
     lines = [f"| model, sparsity | batch x length | {' | '.join(f'ours, {n}' for n in names)} | "
@@ -278,6 +351,8 @@ def equation_table():
 def render(text):
     """README's text with its tables made anew."""
     for name, table in (("demo", demo_table), ("results", results_table), ("epochs", epochs_table),
+                        ("methods", methods_table), ("structured", structured_table),
+                        ("probes", probe_table),
                         ("throughput", throughput_table), ("profile", profile_table),
                         ("latency", latency_table), ("banks", banks_table),
                         ("equations", equation_table)):
