@@ -37,8 +37,8 @@ import torch  # noqa: E402
 
 import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, from_pretrained  # noqa: E402
-from data_glue import (TASKS, Encoded, WordPiece, batches, encode_rows, encode_task,  # noqa: E402
-                       load, load_tokenizer)
+from data_glue import TASKS, Encoded, WordPiece, batches, encode_task, load  # noqa: E402
+from data_glue import load_tokenizer  # noqa: E402
 
 PARTS = {"masks": (cap_min, "set_masks"), "forward": (BertClassifier, "forward"),
          "loss": (cap_min, "cap_terms"), "backward": (torch.Tensor, "backward"),
@@ -141,6 +141,7 @@ def prune_side(options):
         cap_min.keep_freed_memory()
     args, model, data = setup(options)
     dev = {"dev": data.head(len(data) // 100)}  # SST-2's and MNLI's share of their training sets
+    device = model.classifier.weight.device
     args.epochs, some = 2, data.head(options.warm * args.batch_size)
     other = copy.deepcopy(model)
     cap_min.prune(args, some, dev, other, *cap_min.first_banks(args, some, other, other), print)
@@ -182,15 +183,14 @@ def prune_side(options):
     parts["whole step"] = 1e3 * statistics.median(np.diff(starts[-cool:]))
     snapshot = statistics.mean(encoding[2:])  # the first two are the banks of dense models
     return {"examples_per_second": args.epochs * len(data) / total, "parts_ms": parts,
-            "contrastive_ms": contrastive_ms(args, data, banks),
+            "contrastive_ms": contrastive_ms(args, data, banks, device),
             "snapshot_of_epoch": snapshot * args.epochs / (total - sum(encoding)),
             "bank_bytes": sum(vectors.nbytes for _, bank in banks.items()
                               for vectors in bank)}
 
 
-def contrastive_ms(args, data, banks):
+def contrastive_ms(args, data, banks, device):
     """Forward and backward of the three contrastive terms, as in a step of the last epoch."""
-    device = banks.device
     labels = data.labels.to(device)
     teacher = torch.zeros(len(data), 1 + int(labels.max()), device=device)
     times = []
@@ -258,6 +258,7 @@ def published_side(options):
 def tokenising(options):
     """WordPiece on one core against the tokenizers library on one core: ratio of examples/s."""
     from tokenizers import BertWordPieceTokenizer
+    from data_glue import encode_rows  # not in every older commit
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     examples = load(options.task, "train", options.data_dir)
     vocab = str(Path(options.model) / "vocab.txt")
@@ -362,15 +363,33 @@ def measure(side, options, task, source=ROOT):
     return result
 
 
-def compare(options, task):
+class Sitting:
+    """Results on disk as soon as they are there: what was cut off goes on with them, if the program
+    and its options are the same."""
+
+    def __init__(self, path, settings):
+        self.path, self.done = path, {"settings": settings}
+        if path.exists():
+            done = json.loads(path.read_text(encoding="utf-8"))
+            self.done = done if done["settings"] == settings else self.done
+
+    def result(self, name, work):
+        if name not in self.done:
+            self.done[name] = work()
+            cap_min.write_json(self.done, self.path)
+        return self.done[name]
+
+
+def compare(options, task, sitting):
     """Medians over the repeats, of the speeds and of their ratios."""
     sides = ["transformers", "dense", "prune"]
     sides += ["published"] if options.published and task == "sst2" else []
-    repeats = []
-    for _ in range(options.repeats):
-        repeats.append({side: measure(side, options, task) for side in sides})
     few = argparse.Namespace(**{**vars(options), "epochs": 3})  # enough for a profile
-    before = measure("prune", few, task, options.before) if options.before else None
+    before = options.before and sitting.result(
+        f"{task}, before", lambda: measure("prune", few, task, options.before))
+    repeats = [sitting.result(f"{task}, repeat {repeat}",
+                              lambda: {side: measure(side, options, task) for side in sides})
+               for repeat in range(options.repeats)]
     last = repeats[-1]["prune"]
 
     def median(value):
@@ -419,20 +438,23 @@ def main():
         device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
         print(json.dumps({**result, "peak_memory_bytes": cap_min.peak_memory(device)}))
         return
-    record = {"date": str(date.today()), "machine": f"{processor()}, {os.cpu_count()} cores",
-              "python": platform.python_version(), "torch": torch.__version__,
-              "transformers": __import__("transformers").__version__,
-              "source_sha256": hashlib.sha256(b"".join(
-                  (ROOT / name).read_bytes()
-                  for name in ("bert_min.py", "data_glue.py", "cap_min.py"))).hexdigest(),
-              "config": {key: value for key, value in vars(options).items()
-                         if key in ("rows", "epochs", "repeats", "device", "dtype")},
-              "tasks": {task: compare(options, task) for task in options.tasks}}
+    settings = {"machine": f"{processor()}, {os.cpu_count()} cores",
+                "python": platform.python_version(), "torch": torch.__version__,
+                "transformers": __import__("transformers").__version__,
+                "source_sha256": hashlib.sha256(b"".join(
+                    (ROOT / name).read_bytes()
+                    for name in ("bert_min.py", "data_glue.py", "cap_min.py"))).hexdigest(),
+                "config": {key: value for key, value in vars(options).items()
+                           if key in ("rows", "epochs", "repeats", "device", "dtype")}}
+    sitting = Sitting(options.out.with_suffix(".partial.json"), settings)
+    record = {"date": str(date.today()), **settings,
+              "tasks": {task: compare(options, task, sitting) for task in options.tasks}}
     if options.model != "base":
-        record |= {name: {task: measure(name, options, task) for task in options.tasks}
-                   for name in ("tokenising", "start_up")}
-        record["growth"] = measure("growth", options, "sst2")
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record |= {name: {task: sitting.result(f"{task}, {name}", lambda: measure(
+            name, options, task)) for task in options.tasks} for name in ("tokenising", "start_up")}
+        record["growth"] = sitting.result("growth", lambda: measure("growth", options, "sst2"))
+    cap_min.write_json(record, options.out)
+    sitting.path.unlink()
 
 
 if __name__ == "__main__":
