@@ -104,16 +104,21 @@ def topk_by_sample(flat, k):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2)."""
+    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2). Under
+    autocast W' has its number type: what follows need not cast it."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        mask = mask.view(torch.uint8)  # which torch multiplies faster than bools
         ctx.save_for_backward(weight, mask)
-        return weight * mask  # eq. (1)
+        return weight.to(dtype) * mask  # eq. (1)
 
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
         return grad * mask, grad * weight if ctx.needs_input_grad[1] else None, None  # eq. (2)
 
 
@@ -130,9 +135,27 @@ class MaskedLinear(nn.Linear):
         scale = 0.0 if score_init == "zero" else 1 / weight.std().clamp_min(1e-12)
         self.scores = nn.Parameter(weight.abs() * scale) if score_init else None
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+        self.product = None  # W', where `masked_once` made it
+
+    def masked_weight(self):
+        return StraightThrough.apply(self.weight, self.scores, self.mask)
 
     def forward(self, x):
-        return F.linear(x, StraightThrough.apply(self.weight, self.scores, self.mask), self.bias)
+        weight = self.masked_weight() if self.product is None else self.product
+        return F.linear(x, weight, self.bias)
+
+
+@contextlib.contextmanager
+def masked_once(model):
+    """Within it the W' of each layer is made once, not for every batch: nothing may change it."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear)]
+    for layer in layers:
+        layer.product = layer.masked_weight()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.product = None
 
 
 def encoder_linears(model):
@@ -306,7 +329,7 @@ def encode(model, data, dtype=torch.float32, tokens=None):
     pooled, turn = torch.zeros(len(data), model.config.hidden_size, device=device), 0
     lengths, order = data.lengths.sort(descending=True)  # alike in length: little padding
     model.eval()
-    with torch.no_grad(), autocast(device, dtype):
+    with torch.no_grad(), autocast(device, dtype), masked_once(model):
         while len(order):
             count = max(1, tokens // int(lengths[0]))
             if turn % processes() == rank():

@@ -134,6 +134,19 @@ def test_straight_through_gradients():
     assert weight.grad.tolist() == [5, 0]
 
 
+def test_straight_through_under_autocast():
+    """1 + 2^-10 is 1 in bf16: so is W' in forward, but the score's gradient has the whole W:
+    dL/dS = 2 (1 + 2^-10), and dL/dW = 2; both in fp32."""
+    weight = torch.tensor([1 + 2 ** -10, 3.0], requires_grad=True)
+    scores = torch.zeros(2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool))
+    assert masked.dtype == torch.bfloat16 and masked.tolist() == [1, 0]
+    (2 * masked).sum().backward()
+    assert weight.grad.tolist() == [2, 0] and weight.grad.dtype == torch.float32
+    assert scores.grad.tolist() == [2 + 2 ** -9, 6]
+
+
 def test_magnitude_start_of_scores():
     """W = (-3, 1, -1, 3) has mean 0 and std sqrt(20 / 3): scores |W| / std. Zero: 0."""
     linear = nn.Linear(4, 1)
@@ -458,6 +471,27 @@ def test_encode_is_deterministic_and_restores_the_mode(vocab):
     assert not model.training
 
 
+def test_encode_masks_each_matrix_once(vocab, monkeypatch):
+    """The W' of 12 matrices is made 12 times for all batches, is gone afterwards, also where one
+    fails, and is made again by the next call, which so has the new masks."""
+    torch.manual_seed(0)
+    model, data, made = add_masks(BertClassifier(TINY), "magnitude"), toy_data(vocab), []
+    original = MaskedLinear.masked_weight
+    monkeypatch.setattr(MaskedLinear, "masked_weight", lambda self: [made.append(1),
+                                                                     original(self)][1])
+    dense = encode(model, data, tokens=17)
+    assert len(made) == 12
+    hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(model, data)
+    hook.remove()
+    assert {layer.product for layer in encoder_linears(model).values()} == {None}
+    set_masks(model, 0.1)
+    pruned = encode(model, data)
+    assert len(made) == 36 and not torch.allclose(dense, pruned, atol=1e-4)
+    assert torch.allclose(pruned, encode(apply_masks(model), data), atol=1e-6)
+
+
 def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab):
     """PrC is of the pre-trained model, FiC of the teacher, whose logits are its classifier's on
     the same pooled vectors; SnC grows by a snapshot at a time. MNLI's second dev set has scores
@@ -719,7 +753,7 @@ def test_bert_is_transformers_bert(pretrained):
     wanted = theirs.double()(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
     assert (logits - wanted).abs().max() < 1e-8
     hidden, same_pooled = ours.bert(ids, mask, segments)
-    assert hidden.shape == (3, 7, 16) and torch.equal(pooled, same_pooled)
+    assert hidden.shape == (3, 7, 16) and torch.allclose(pooled, same_pooled, atol=1e-12)
     assert torch.equal(ours(ids)[0], ours(ids, torch.ones_like(ids), torch.zeros_like(ids))[0])
     weights = torch.randn(3, 3, dtype=DOUBLE)
     (logits * weights).sum().backward()

@@ -175,16 +175,17 @@ def test_compare_table(tmp_path, monkeypatch):
 
 
 def test_the_walk_is_true():
-    """demo/README.md is what demo/walk.py computes: the same words, and the same numbers but for
-    what another processor rounds differently."""
+    """demo/README.md is what demo/walk.py computes: the same words, and the same numbers to 1 % or
+    3 in the last digit: another processor rounds otherwise, and the teacher's training adds up what
+    that changes."""
     number = r"-?\d[\d,]*(?:\.\d+)?"
     told, found = (HERE / "README.md").read_text(encoding="utf-8"), walk()
     assert len(told.splitlines()) <= 120
     assert re.sub(number, "#", told) == re.sub(number, "#", found), "run python demo/walk.py"
     for one, other in zip(re.findall(number, told), re.findall(number, found)):
         digits = len(one.partition(".")[2])  # the last one may differ by 3, of whole numbers by 0
-        slack = 3 * 10 ** -digits if digits else 0
-        assert abs(float(one.replace(",", "")) - float(other.replace(",", ""))) <= 1.01 * slack
+        one, other = (float(text.replace(",", "")) for text in (one, other))
+        assert abs(one - other) <= (max(3.03 * 10 ** -digits, 0.01 * abs(one)) if digits else 0)
 
 
 def test_pre_training_learns_from_the_corpus(tmp_path):
