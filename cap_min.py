@@ -1311,9 +1311,15 @@ def check_schedule(args, size):
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed: to give each step's gradients back to the system and to map
-    them anew, page by page, takes up to a tenth of a step. Without glibc nothing is done."""
+def tune_cpu():
+    """What makes a step on a CPU faster and changes nothing else. To be called before torch works,
+    whose threads take over the first setting as they start.
+
+    Numbers below 1e-38 count as 0: in some 800 steps Adam's momentum of a weight that stays pruned
+    decays to such, over which some processors take ten times as long. And glibc keeps what is
+    freed: to give each step's gradients back to the system and to map them anew, page by page,
+    takes up to a tenth of a step."""
+    torch.set_flush_denormal(True)
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, at its largest
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
@@ -1506,7 +1512,7 @@ def fit_classifier(model, data):
 
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C or SIGTERM."""
-    keep_freed_memory()
+    tune_cpu()
     STOP.__init__()
     if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGINT, STOP)

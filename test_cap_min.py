@@ -471,6 +471,18 @@ def test_encode_is_deterministic_and_restores_the_mode(vocab):
     assert not model.training
 
 
+def test_tiny_numbers_are_zero_in_all_threads():
+    """2e-38 / 10 is a denormal number, which `main` has count as 0 in torch's threads too: of a
+    million of them none is left. What Adam keeps of pruned weights decays to such numbers."""
+    script = ("import torch, cap_min; cap_min.parse = lambda argv: 1 / 0\n"
+              "try: cap_min.main([])\nexcept ZeroDivisionError: pass\n"
+              "torch.set_num_threads(2)\n"
+              "print(int((torch.full((1_000_000,), 2e-38) / 10).count_nonzero()))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=HERE, text=True, check=True,
+                          stdout=subprocess.PIPE)
+    assert done.stdout == "0\n"
+
+
 def test_encode_masks_each_matrix_once(vocab, monkeypatch):
     """The W' of 12 matrices is made 12 times for all batches, is gone afterwards, also where one
     fails, and is made again by the next call, which so has the new masks."""

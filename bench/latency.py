@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="default: results/latency-NAME.json")
     options = parser.parse_args()
-    cap_min.keep_freed_memory()
+    cap_min.tune_cpu()
     torch.manual_seed(0)
     device = torch.device(options.device)
     with torch.inference_mode():

@@ -116,7 +116,7 @@ def transformers_side(options):
 
 def dense_side(options):
     """The same by bert_min, embeddings frozen."""
-    cap_min.keep_freed_memory()
+    cap_min.tune_cpu()
     args, model, data = setup(options)
     model.bert.embeddings.requires_grad_(False)
 
@@ -137,8 +137,8 @@ def dense_side(options):
 
 def prune_side(options):
     """The pruning phase, and the milliseconds of each part of a step at the final sparsity."""
-    if hasattr(cap_min, "keep_freed_memory"):  # not in every older commit
-        cap_min.keep_freed_memory()
+    if hasattr(cap_min, "tune_cpu"):  # not in every older commit
+        cap_min.tune_cpu()
     args, model, data = setup(options)
     dev = {"dev": data.head(len(data) // 100)}  # SST-2's and MNLI's share of their training sets
     device = model.classifier.weight.device
@@ -277,7 +277,7 @@ def tokenising(options):
 
 def growth(options):
     """Milliseconds of a pruning step for growing training sets, all rows of 16 tokens."""
-    cap_min.keep_freed_memory()
+    cap_min.tune_cpu()
     args, model, _ = setup(argparse.Namespace(**{**vars(options), "rows": 64}))
     cap_min.add_masks(model, "magnitude")
     device, result = model.classifier.weight.device, {}

@@ -281,7 +281,7 @@ def main():
     if options.data:
         return
 
-    cap_min.keep_freed_memory()
+    cap_min.tune_cpu()
     folder, vocabulary = options.out / "model", make_vocabulary(corpora[0])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
