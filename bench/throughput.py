@@ -142,9 +142,9 @@ def prune_side(options):
     args, model, data = setup(options)
     dev = {"dev": data.head(len(data) // 100)}  # SST-2's and MNLI's share of their training sets
     device = model.classifier.weight.device
-    args.epochs, some = 2, data.head(options.warm * args.batch_size)
-    other = copy.deepcopy(model)
+    args.epochs, some, other = 2, data.head(options.warm * args.batch_size), copy.deepcopy(model)
     cap_min.prune(args, some, dev, other, *cap_min.first_banks(args, some, other, other), print)
+    del other  # whose memory is no part of what is measured
     args.epochs = options.epochs
     spent, encoding = {name: [] for name in PARTS}, []
     starts = []  # of the steps: each begins with its masks
@@ -438,7 +438,8 @@ def main():
         device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
         print(json.dumps({**result, "peak_memory_bytes": cap_min.peak_memory(device)}))
         return
-    settings = {"machine": f"{processor()}, {os.cpu_count()} cores",
+    preloaded = "".join(f", {Path(name).name}" for name in os.environ.get("LD_PRELOAD", "").split())
+    settings = {"machine": f"{processor()}, {os.cpu_count()} cores{preloaded}",
                 "python": platform.python_version(), "torch": torch.__version__,
                 "transformers": __import__("transformers").__version__,
                 "source_sha256": hashlib.sha256(b"".join(
