@@ -64,35 +64,48 @@ HERE = Path(__file__).resolve().parent
 def topk_mask(scores, density):
     """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
     least 1. Exactly k are kept: of equal scores the first by index. Eq. (1)."""
+    return topk(scores, density)[0]
+
+
+def topk(scores, density, guess=None):
+    """(mask, threshold): `topk_mask` and the smallest score it keeps (None: all are kept).
+    guess: a number near that, such as the threshold of the step before. The mask is the same
+    without it, but on a CPU it takes longer."""
     flat = scores.detach().flatten()
     k = max(1, round(density * flat.numel()))  # eq. (1)
     if k >= flat.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
+        return torch.ones_like(scores, dtype=torch.bool), None
     if flat.device.type == "cpu":
-        return torch.from_numpy(topk_by_sample(flat.numpy(), k)).view_as(scores)
-    return topk_by_edge(flat, k).view_as(scores)
+        mask, threshold = topk_near(flat.numpy(), k, guess)
+        return torch.from_numpy(mask).view_as(scores), threshold
+    mask, threshold = topk_by_edge(flat, k)
+    return mask.view_as(scores), threshold
 
 
 def topk_by_edge(flat, k):
-    """`topk_mask` of a vector on a GPU, which selects without sorting."""
+    """`topk` of a vector on a GPU, which selects without sorting."""
     edge = flat.topk(k, sorted=False).values.min()
     above, ties = flat > edge, flat == edge
-    return above | ties & (ties.cumsum(0) <= k - above.sum())
+    return above | ties & (ties.cumsum(0) <= k - above.sum()), edge
 
 
-def topk_by_sample(flat, k):
-    """`topk_mask` of a numpy vector without sorting it all: a sorted sample tells about where the
-    k-th largest lies, a count how far off that is, and only a narrow band has to be searched."""
+def topk_near(flat, k, guess):
+    """`topk` of a numpy vector without sorting it all: a count tells how far off `guess` is, a
+    sorted sample which band of numbers lies between, and only that has to be searched."""
     stride = 127  # a prime, not to fall into step with the rows of the matrix
-    sample = np.sort(flat[::stride])
-    place = len(sample) * (1 - k / len(flat))
-    mask = flat > sample[int(place)]
-    miss = (np.count_nonzero(mask) - k) / stride  # in places of the sample; above 0: too many
+    if guess is None:
+        sample = flat[::stride]
+        guess = np.sort(sample)[int(len(sample) * (1 - k / len(flat)))]
+    mask = flat > guess
+    sample = np.sort(flat[::stride])  # after the comparison, which has brought it into the cache
+    surplus = np.count_nonzero(mask) - k
+    miss = surplus / stride  # in places of the sample
+    place = np.searchsorted(sample, guess)
     place += miss + math.copysign(2 + 4 * math.sqrt(abs(miss)), miss)
-    edge = sample[min(max(0, int(place)), len(sample) - 1)]
+    edge = sample[int(place)] if 0 <= place < len(sample) else math.copysign(math.inf, miss)
     mask, wider = (mask, flat >= edge) if miss < 0 else (flat > edge, mask)
     band = np.flatnonzero(mask ^ wider)
-    lacking = k - np.count_nonzero(mask)  # so many of the band are kept as well
+    lacking = (0 if miss < 0 else len(band)) - surplus  # so many of the band are kept as well
     if not 0 < lacking <= len(band):  # the sample misled: search everything
         mask, band, lacking = np.zeros(len(flat), bool), np.arange(len(flat)), k
     values = flat[band]
@@ -100,7 +113,7 @@ def topk_by_sample(flat, k):
     mask[band] = values >= threshold
     surplus = np.count_nonzero(values >= threshold) - lacking
     mask[band[values == threshold][::-1][:surplus]] = False
-    return mask
+    return mask, threshold
 
 
 class StraightThrough(torch.autograd.Function):
@@ -118,8 +131,9 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
-        return grad * mask, grad * weight if ctx.needs_input_grad[1] else None, None  # eq. (2)
+        grad = grad.to(weight.dtype, copy=True)  # which may then be changed in place
+        to_scores = grad * weight if ctx.needs_input_grad[1] else None  # eq. (2)
+        return grad.mul_(mask), to_scores, None  # eq. (2)
 
 
 class MaskedLinear(nn.Linear):
@@ -135,6 +149,7 @@ class MaskedLinear(nn.Linear):
         scale = 0.0 if score_init == "zero" else 1 / weight.std().clamp_min(1e-12)
         self.scores = nn.Parameter(weight.abs() * scale) if score_init else None
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+        self.threshold = None  # of the last mask: about where the next one's will be
         self.product = None  # W', where `masked_once` made it
 
     def masked_weight(self):
@@ -183,7 +198,7 @@ def set_masks(model, density):
     the one that the last step was trained with, not the top-k of the scores after it."""
     for layer in encoder_linears(model).values():
         scores = layer.weight.abs() if layer.scores is None else layer.scores
-        layer.mask = topk_mask(scores, density)
+        layer.mask, layer.threshold = topk(scores, density, layer.threshold)
 
 
 def set_soft_masks(model, threshold, density, exact):
@@ -413,17 +428,20 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     if isinstance(bank, torch.Tensor):
         bank = bank.unbind(1)  # K of (N, D)
     rows = drawn.to(bank[0].device)  # (B + E,)
-    ancestors = torch.stack([vectors.index_select(0, rows) for vectors in bank])
-    ancestors = ancestors.to(q.device).to(q.dtype).flatten(0, 1)  # (K (B + E), D)
+    ancestors = torch.cat([vectors.index_select(0, rows) for vectors in bank])  # (K (B + E), D)
+    ancestors = ancestors.to(q.device).to(q.dtype)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
-    similarity = torch.cat([q @ q.detach().T, q @ ancestors.T], dim=1) / temperature  # eq. (4)
-    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=q.device)  # (B, C)
-    log_p = torch.where(itself, -torch.inf, similarity).log_softmax(dim=1)  # (B, C), eq. (5)
-    same_example = (index[:, None] == candidate_index) & ~itself  # (B, C), P^u of eq. (6)
-    same_label = (labels[:, None] == candidate_labels) & ~itself  # (B, C), P^s of eq. (6)
+    scaled = q / temperature
+    among = scaled @ q.detach().T  # (B, B), its diagonal no candidates
+    among = among.masked_fill(torch.eye(len(q), dtype=torch.bool, device=q.device), -torch.inf)
+    similarity = torch.cat([among, (ancestors @ scaled.T).T], dim=1)  # (B, C), eq. (4)
+    log_p = similarity.log_softmax(dim=1)  # (B, C), eq. (5)
+    same_example = index[:, None] == candidate_index  # (B, C), P^u of eq. (6)
+    same_label = labels[:, None] == candidate_labels  # (B, C), P^s of eq. (6)
 
     def mean_over_positives(positive):
+        positive.diagonal().fill_(False)
         count = positive.sum(1)  # (B,), |P_i|
         per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
         return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)

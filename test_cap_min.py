@@ -400,16 +400,24 @@ def test_metrics():
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
 def test_mask_is_the_head_of_a_stable_sort(size, density):
     """For any scores, few distinct ones and periodic ones (which mislead a strided sample) too,
-    the mask marks the first k of a stable descending sort. Eq. (1)."""
+    and from any guess, the mask marks the first k of a stable descending sort, and the threshold
+    parts them from the others. Eq. (1)."""
     torch.manual_seed(size)
     k = max(1, round(density * size))
     for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
                    (torch.arange(size) % 127).float(), torch.arange(size).double()):
         wanted = torch.zeros(size, dtype=torch.bool)
         wanted[scores.sort(descending=True, stable=True).indices[:k]] = True
+        _, threshold = cap_min.topk(scores, density)
+        assert k == size or threshold == scores[wanted].min()
+        for guess in (None, threshold, scores[0].item(), -math.inf, math.inf, math.nan):
+            mask, again = cap_min.topk(scores, density, guess)
+            assert torch.equal(mask, wanted) and again == threshold
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             assert torch.equal(topk_mask(scores.to(device), density).cpu(), wanted)
-        assert k == size or torch.equal(cap_min.topk_by_edge(scores, k), wanted)  # as on a GPU
+        if k < size:
+            mask, edge = cap_min.topk_by_edge(scores, k)  # as on a GPU
+            assert torch.equal(mask, wanted) and edge == threshold
 
 
 @pytest.mark.parametrize("score_init", ["zero", None])
