@@ -68,25 +68,24 @@ def topk_mask(scores, density):
 
 
 def topk(scores, density, guess=None):
-    """(mask, threshold): `topk_mask` and the smallest score it keeps (None: all are kept).
-    guess: a number near that, such as the threshold of the step before. The mask is the same
-    without it, but on a CPU it takes longer."""
+    """(mask, threshold): `topk_mask`, and on a CPU the smallest score that it keeps (None if that
+    is all). guess: a number near it, such as the threshold of the step before. The mask is the
+    same without it, but takes longer."""
     flat = scores.detach().flatten()
     k = max(1, round(density * flat.numel()))  # eq. (1)
     if k >= flat.numel():
         return torch.ones_like(scores, dtype=torch.bool), None
-    if flat.device.type == "cpu":
-        mask, threshold = topk_near(flat.numpy(), k, guess)
-        return torch.from_numpy(mask).view_as(scores), threshold
-    mask, threshold = topk_by_edge(flat, k)
-    return mask.view_as(scores), threshold
+    if flat.device.type != "cpu":
+        return topk_by_edge(flat, k).view_as(scores), None
+    mask, threshold = topk_near(flat.numpy(), k, guess)
+    return torch.from_numpy(mask).view_as(scores), threshold
 
 
 def topk_by_edge(flat, k):
-    """`topk` of a vector on a GPU, which selects without sorting."""
+    """`topk_mask` of a vector on a GPU, which selects without sorting."""
     edge = flat.topk(k, sorted=False).values.min()
     above, ties = flat > edge, flat == edge
-    return above | ties & (ties.cumsum(0) <= k - above.sum()), edge
+    return above | ties & (ties.cumsum(0) <= k - above.sum())
 
 
 def topk_near(flat, k, guess):
@@ -441,7 +440,7 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     same_label = labels[:, None] == candidate_labels  # (B, C), P^s of eq. (6)
 
     def mean_over_positives(positive):
-        positive.diagonal().fill_(False)
+        positive.diagonal().fill_(False)  # the anchor itself
         count = positive.sum(1)  # (B,), |P_i|
         per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
         return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)
