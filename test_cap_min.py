@@ -123,15 +123,17 @@ def test_mask_takes_tied_scores_by_index():
 
 def test_straight_through_gradients():
     """y = (W * M) x with W = (2, -3), M = (1, 0), x = (5, 7): y = 10 and dy/dW' = x, so
-    dy/dS = dy/dW' * W = (5 * 2, 7 * -3) and dy/dW = dy/dW' * M = (5, 0). Eq. (2)."""
+    dy/dS = dy/dW' * W = (5 * 2, 7 * -3) and dy/dW = dy/dW' * M = (5, 0). dy/dW' is left as it
+    was, since others may read it. Eq. (2)."""
     weight = tensor([2.0, -3.0]).requires_grad_()
     scores = tensor([0.0, 0.0]).requires_grad_()
     masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool))
-    y = masked @ tensor([5.0, 7.0])
-    y.backward()
-    assert y.item() == 10
+    x = tensor([5.0, 7.0])
+    assert (masked @ x).item() == 10
+    masked.backward(x)
     assert scores.grad.tolist() == [10, -21]
     assert weight.grad.tolist() == [5, 0]
+    assert x.tolist() == [5, 7]
 
 
 def test_straight_through_under_autocast():
