@@ -68,9 +68,9 @@ def topk_mask(scores, density):
 
 
 def topk(scores, density, guess=None):
-    """(mask, threshold): `topk_mask`, and on a CPU the smallest score that it keeps (None if that
-    is all). guess: a number near it, such as the threshold of the step before. The mask is the
-    same without it, but takes longer."""
+    """(mask, threshold): `topk_mask` and the smallest score that it keeps; None in place of this
+    on a GPU, and where all are kept. guess: a number near the threshold, such as that of the step
+    before. The mask is the same without it, but takes longer."""
     flat = scores.detach().flatten()
     k = max(1, round(density * flat.numel()))  # eq. (1)
     if k >= flat.numel():
@@ -93,18 +93,20 @@ def topk_near(flat, k, guess):
     sorted sample which band of numbers lies between, and only that has to be searched."""
     stride = 127  # a prime, not to fall into step with the rows of the matrix
     if guess is None:
-        sample = flat[::stride]
-        guess = np.sort(sample)[int(len(sample) * (1 - k / len(flat)))]
-    mask = flat > guess
-    sample = np.sort(flat[::stride])  # after the comparison, which has brought it into the cache
-    surplus = np.count_nonzero(mask) - k
-    miss = surplus / stride  # in places of the sample
+        sample = np.sort(flat[::stride])
+        guess = sample[int(len(sample) * (1 - k / len(flat)))]
+        mask = flat > guess
+    else:
+        mask = flat > guess
+        sample = np.sort(flat[::stride])  # which the comparison has brought into the cache
+    excess = np.count_nonzero(mask) - k
+    miss = excess / stride  # in places of the sample
     place = np.searchsorted(sample, guess)
     place += miss + math.copysign(2 + 4 * math.sqrt(abs(miss)), miss)
     edge = sample[int(place)] if 0 <= place < len(sample) else math.copysign(math.inf, miss)
     mask, wider = (mask, flat >= edge) if miss < 0 else (flat > edge, mask)
     band = np.flatnonzero(mask ^ wider)
-    lacking = (0 if miss < 0 else len(band)) - surplus  # so many of the band are kept as well
+    lacking = (0 if miss < 0 else len(band)) - excess  # so many of the band are kept as well
     if not 0 < lacking <= len(band):  # the sample misled: search everything
         mask, band, lacking = np.zeros(len(flat), bool), np.arange(len(flat)), k
     values = flat[band]
@@ -432,15 +434,14 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
     scaled = q / temperature
-    among = scaled @ q.detach().T  # (B, B), its diagonal no candidates
-    among = among.masked_fill(torch.eye(len(q), dtype=torch.bool, device=q.device), -torch.inf)
+    among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B), without the anchor itself
     similarity = torch.cat([among, (ancestors @ scaled.T).T], dim=1)  # (B, C), eq. (4)
     log_p = similarity.log_softmax(dim=1)  # (B, C), eq. (5)
     same_example = index[:, None] == candidate_index  # (B, C), P^u of eq. (6)
     same_label = labels[:, None] == candidate_labels  # (B, C), P^s of eq. (6)
 
     def mean_over_positives(positive):
-        positive.diagonal().fill_(False)  # the anchor itself
+        positive.fill_diagonal_(False)  # it is none of its positives
         count = positive.sum(1)  # (B,), |P_i|
         per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
         return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)
