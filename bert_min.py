@@ -136,8 +136,8 @@ class Dropout(nn.Module):
             return F.dropout(x, self.rate, self.training)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
         bits = bits.view(torch.int16)[:x.numel()].view_as(x)
-        keep = bits >= round(self.rate * 2 ** 16) - 2 ** 15  # bits begin at -2^15
-        return x * (keep.to(x.dtype) / (1 - self.rate))
+        keep = bits.ge_(round(self.rate * 2 ** 16) - 2 ** 15)  # 1 or 0; bits begin at -2^15
+        return x * keep.to(x.dtype).div_(1 - self.rate)
 
 
 class Embeddings(nn.Module):
@@ -179,11 +179,10 @@ class SelfAttention(nn.Module):
             rate = self.dropout.rate if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, key_mask, rate)
         else:  # the fused kernel would take up to 10 times as long, backward included
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))  # (B, H, T, T)
+            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, T, T)
             if key_mask is not None:
-                scores = scores.masked_fill(~key_mask, -torch.inf)
-            probs = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
-            x = self.dropout(probs).to(v.dtype) @ v  # (B, H, T, D/H)
+                scores = scores + torch.where(key_mask, 0.0, -torch.inf)
+            x = self.dropout(scores.softmax(-1).to(v.dtype)) @ v  # (B, H, T, D/H)
         return x.transpose(1, 2).flatten(2)  # (B, T, D)
 
 

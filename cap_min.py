@@ -1334,10 +1334,12 @@ def tune_cpu():
     whose threads take over the first setting as they start.
 
     Numbers below 1e-38 count as 0: in some 800 steps Adam's momentum of a weight that stays pruned
-    decays to such, over which some processors take ten times as long. And glibc keeps what is
-    freed: to give each step's gradients back to the system and to map them anew, page by page,
-    takes up to a tenth of a step."""
+    decays to such, over which some processors take ten times as long. oneDNN makes code for each
+    shape of a matrix product and keeps 1,024 of them: batches of many lengths have more, and to
+    make one anew takes 1 ms. And glibc keeps what is freed: to give each step's gradients back to
+    the system and to map them anew, page by page, takes up to a tenth of a step."""
     torch.set_flush_denormal(True)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, at its largest
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD

@@ -1427,6 +1427,19 @@ def test_run_on_a_gpu(method, pretrained, glue, tmp_path, sitting):
 # ---------------------------------------------------------------------- command line
 
 
+def test_the_cpu_is_tuned(monkeypatch):
+    """1e-39 lies below the smallest normal number, 1.2e-38: half of it, 5e-40, counts as 0. oneDNN
+    is told to keep 16,384 products, unless it has been told how many."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    torch.set_flush_denormal(False)
+    cap_min.tune_cpu()
+    assert (torch.tensor([1e-39]) / 2).item() == 0 and os.environ[name] == "16384"
+    monkeypatch.setenv(name, "7")
+    cap_min.tune_cpu()
+    assert os.environ[name] == "7"
+
+
 @pytest.mark.parametrize("options, sentence", [
     (["--task", "mnlii"], "invalid choice: 'mnlii'"),
     (["--compare", "--without", "prc"], "--compare sets --method and --without itself"),

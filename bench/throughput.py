@@ -423,7 +423,8 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=["sst2", "mnli"])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=10, help="of pruning")
-    parser.add_argument("--warm", type=int, default=40, help="steps before the clock starts")
+    parser.add_argument("--warm", type=int, default=128, help="steps before the clock starts: an "
+                        "epoch of the default --rows, in which every length has been met")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
