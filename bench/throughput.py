@@ -1,5 +1,5 @@
 """How fast the pruning phase is, beside plain fine-tuning of the same model by transformers and by
-bert_min, on the same rows and batches. Writes results/throughput.json, which README.md shows.
+bert_min, on the same rows and batches. Writes a record such as README.md shows, --out.
 
 Run:   pip install -r bench/requirements.txt
        python bench/throughput.py --model FOLDER --data-dir FOLDER

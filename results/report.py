@@ -220,14 +220,9 @@ def probe_table():
     return "\n".join(lines)
 
 
-def throughput():
-    """The record of the last run of bench/throughput.py."""
-    return read(HERE / "throughput.json")
-
-
-def throughput_table():
-    """One row for each comparison, one column for each task."""
-    record = throughput()
+def throughput_table(machine):
+    """A record of bench/throughput.py: one row for each comparison, one column for each task."""
+    record = read(HERE / f"throughput-{machine}.json")
     tasks, config = record["tasks"], record["config"]
 
     def row(what, show):
@@ -252,7 +247,8 @@ def throughput_table():
         row("pruning phase, examples/s", lambda t, f: f"{f['examples_per_second']['prune']:.0f}"),
         row("against transformers' fine-tuning", against("transformers")),
         row("against bert_min's dense fine-tuning, embeddings frozen", against("dense")),
-        row("against the published code", against("published")),
+        *([row("against the published code", against("published"))]
+          if "published" in tasks["sst2"]["prune_against"] else []),
         row("masks, share of a step at 97 %", share(lambda f: f["parts_ms"]["masks"])),
         row("contrastive terms, forward and backward, share of a step",
             share(lambda f: f["contrastive_ms"])),
@@ -269,11 +265,11 @@ def throughput_table():
 
 
 def profile_table():
-    """Milliseconds of each part of a pruning step at the final sparsity, before and now."""
-    tasks = throughput()["tasks"]
+    """Milliseconds of each part of a pruning step at the final sparsity, before and after."""
+    tasks = read(HERE / "throughput-epyc.json")["tasks"]
     columns = [parts for figures in tasks.values()
                for parts in (figures["before"]["parts_ms"], figures["parts_ms"])]
-    rows = [f"| part | {' | '.join(f'{task}, before | now' for task in tasks)} |",
+    rows = [f"| part | {' | '.join(f'{task}, before | after' for task in tasks)} |",
             "|---" * (1 + len(columns)) + "|"]
     for name in columns[0]:
         cells = (f"{parts[name]:.0f} ({parts[name] / parts['whole step']:.0%})"
@@ -353,7 +349,9 @@ def render(text):
     for name, table in (("demo", demo_table), ("results", results_table), ("epochs", epochs_table),
                         ("methods", methods_table), ("structured", structured_table),
                         ("probes", probe_table),
-                        ("throughput", throughput_table), ("profile", profile_table),
+                        ("throughput, xeon", lambda: throughput_table("xeon")),
+                        ("throughput, epyc", lambda: throughput_table("epyc")),
+                        ("profile", profile_table),
                         ("latency", latency_table), ("banks", banks_table),
                         ("equations", equation_table)):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
