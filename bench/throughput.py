@@ -447,7 +447,7 @@ def main():
                     (ROOT / name).read_bytes()
                     for name in ("bert_min.py", "data_glue.py", "cap_min.py"))).hexdigest(),
                 "config": {key: value for key, value in vars(options).items()
-                           if key in ("rows", "epochs", "repeats", "device", "dtype")}}
+                           if key in ("rows", "epochs", "warm", "repeats", "device", "dtype")}}
     sitting = Sitting(options.out.with_suffix(".partial.json"), settings)
     record = {"date": str(date.today()), **settings,
               "tasks": {task: compare(options, task, sitting) for task in options.tasks}}
