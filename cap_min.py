@@ -18,15 +18,17 @@ Glossary: symbol of the equations -> name in the code, shape
     C_i, P_i  candidates (C, D)       what anchor i is compared with, and the positives among it
     tau       temperature             0.1
     W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
-    d(t)      density                 share of weights kept at step t; sparsity = 1 - density
+    d(t)      density                 fraction of weights kept at step t; sparsity = 1 - density
     t_0, t_1  warm, cool              dense steps at the start, steps of final sparsity at the end
     w_.       args.w_unsup, ...       weights of the terms of the loss
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
 The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
+
+To follow a run: `main` calls `run`, which trains the teacher, fills the banks and prunes, both by
+`train`; a step of this calls `cap_terms`, and this `contrastive_loss`.
 """
 
 import argparse
-import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -37,11 +39,9 @@ import os
 import platform
 import random
 import shutil
-import signal
-import statistics
 import sys
-import threading
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,10 +51,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
-from bert_min import (BertClassifier, from_pretrained, model_folder, replacing,
-                      save_pretrained)
-from data_glue import TASKS, batches, encode_task, load, load_tokenizer, save_tokenizer, score
+from bert_min import (BertClassifier, from_pretrained, model_folder, read_json, replacing,
+                      save_pretrained, write_json)
+from data_glue import (TASKS, batches, batches_by_length, encode_task, inputs, load, load_tokenizer,
+                       move, save_tokenizer, score)
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,57 +66,46 @@ HERE = Path(__file__).resolve().parent
 def topk_mask(scores, density):
     """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
     least 1. Exactly k are kept: of equal scores the first by index. Eq. (1)."""
-    return topk(scores, density)[0]
+    rows = scores.detach().reshape(1, -1)
+    return mask_rows(rows, density).view(scores.shape)
 
 
-def topk(scores, density, guess=None):
-    """(mask, threshold): `topk_mask` and the smallest score that it keeps; None in place of this
-    on a GPU, and where all are kept. guess: a number near the threshold, such as that of the step
-    before. The mask is the same without it, but takes longer."""
-    flat = scores.detach().flatten()
-    k = max(1, round(density * flat.numel()))  # eq. (1)
-    if k >= flat.numel():
-        return torch.ones_like(scores, dtype=torch.bool), None
-    if flat.device.type != "cpu":
-        return topk_by_edge(flat, k).view_as(scores), None
-    mask, threshold = topk_near(flat.numpy(), k, guess)
-    return torch.from_numpy(mask).view_as(scores), threshold
+def mask_rows(rows, density):
+    """`topk_mask` of each row of `rows` (n, numel)."""
+    size = rows.size(1)
+    k = max(1, round(density * size))  # eq. (1)
+    if k >= size:
+        return torch.ones_like(rows, dtype=torch.bool)
+    threshold = kth_largest(rows, k)  # (n, 1)
+    mask = rows >= threshold
+    # of the scores equal to the threshold only the first are kept. Whether there are too many is
+    # not asked of a GPU, which would have to be waited for
+    if rows.device.type != "cpu" or mask.count_nonzero() > k * len(rows):
+        above, ties = rows > threshold, rows == threshold
+        missing = k - above.sum(1, keepdim=True)
+        mask = above | (ties & (ties.cumsum(1) <= missing))
+    return mask
 
 
-def topk_by_edge(flat, k):
-    """`topk_mask` of a vector on a GPU, which selects without sorting."""
-    edge = flat.topk(k, sorted=False).values.min()
-    above, ties = flat > edge, flat == edge
-    return above | ties & (ties.cumsum(0) <= k - above.sum())
-
-
-def topk_near(flat, k, guess):
-    """`topk` of a numpy vector without sorting it all: a count tells how far off `guess` is, a
-    sorted sample which band of numbers lies between, and only that has to be searched."""
-    stride = 127  # a prime, not to fall into step with the rows of the matrix
-    if guess is None:
-        sample = np.sort(flat[::stride])
-        guess = sample[int(len(sample) * (1 - k / len(flat)))]
-        mask = flat > guess
-    else:
-        mask = flat > guess
-        sample = np.sort(flat[::stride])  # which the comparison has brought into the cache
-    excess = np.count_nonzero(mask) - k
-    miss = excess / stride  # in places of the sample
-    place = np.searchsorted(sample, guess)
-    place += miss + math.copysign(2 + 4 * math.sqrt(abs(miss)), miss)
-    edge = sample[int(place)] if 0 <= place < len(sample) else math.copysign(math.inf, miss)
-    mask, wider = (mask, flat >= edge) if miss < 0 else (flat > edge, mask)
-    band = np.flatnonzero(mask ^ wider)
-    lacking = (0 if miss < 0 else len(band)) - excess  # so many of the band are kept as well
-    if not 0 < lacking <= len(band):  # the sample misled: search everything
-        mask, band, lacking = np.zeros(len(flat), bool), np.arange(len(flat)), k
-    values = flat[band]
-    threshold = np.partition(values, -lacking)[-lacking]
-    mask[band] = values >= threshold
-    surplus = np.count_nonzero(values >= threshold) - lacking
-    mask[band[values == threshold][::-1][:surplus]] = False
-    return mask, threshold
+def kth_largest(rows, k):
+    """The k-th largest number of each row: (n, numel) to (n, 1)."""
+    if rows.device.type != "cpu":
+        return rows.topk(k, sorted=False).values.amin(1, keepdim=True)
+    found = []
+    for row in rows.numpy():
+        # a sorted sample tells between which two numbers it lies: only what is there is searched
+        sample = np.sort(row[::127])
+        expected = len(sample) * (1 - k / len(row))
+        margin = 2 + 4 * math.sqrt(expected * k / len(row))
+        low = sample[max(0, int(expected - margin))]
+        high = sample[min(len(sample) - 1, int(expected + margin))]
+        above = row > high
+        missing = k - np.count_nonzero(above)
+        between = row[np.flatnonzero(above ^ (row >= low))]
+        if not 0 < missing <= len(between):  # the sample misled
+            between, missing = row, k
+        found.append(np.partition(between, -missing)[-missing])
+    return torch.from_numpy(np.array(found))[:, None]
 
 
 class StraightThrough(torch.autograd.Function):
@@ -123,8 +114,9 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        device, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         mask = mask.view(torch.uint8)  # which torch multiplies faster than bools
         ctx.save_for_backward(weight, mask)
         return weight.to(dtype) * mask  # eq. (1)
@@ -133,45 +125,32 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
         grad = grad.to(weight.dtype, copy=True)  # which may then be changed in place
-        to_scores = grad * weight if ctx.needs_input_grad[1] else None  # eq. (2)
+        to_scores = None
+        if ctx.needs_input_grad[1]:
+            to_scores = grad * weight  # eq. (2)
         return grad.mul_(mask), to_scores, None  # eq. (2)
 
 
-class MaskedLinear(nn.Linear):
-    """A linear layer whose weight is multiplied by a mask, the top-k of trainable `scores`. They
-    start at 0 (`score_init="zero"`, as published), or at |W| / std(W) ("magnitude"), which short
-    runs need: they end before scores from 0 have learnt what matters. None: magnitude pruning,
-    there are no scores and |W| stands for them."""
+class Mask(nn.Module):
+    """The mask of one weight matrix: as its parametrization it makes `layer.weight` W' = W * M.
 
-    def __init__(self, linear, score_init="zero"):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
-        weight = linear.weight.detach()
-        scale = 0.0 if score_init == "zero" else 1 / weight.std().clamp_min(1e-12)
-        self.scores = nn.Parameter(weight.abs() * scale) if score_init else None
+    M is the top-k of trainable `scores`. They start at 0 (`score_init="zero"`, as published), or at
+    |W| / std(W) ("magnitude"), which short runs need: they end before scores from 0 have learnt
+    what matters. "none": magnitude pruning, there are no scores and |W| stands for them."""
+
+    def __init__(self, weight, score_init):
+        super().__init__()
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
-        self.threshold = None  # of the last mask: about where the next one's will be
-        self.product = None  # W', where `masked_once` made it
+        weight = weight.detach()
+        if score_init == "none":
+            self.scores = None
+        elif score_init == "zero":
+            self.scores = nn.Parameter(torch.zeros_like(weight))
+        else:
+            self.scores = nn.Parameter(weight.abs() / weight.std().clamp_min(1e-12))
 
-    def masked_weight(self):
-        return StraightThrough.apply(self.weight, self.scores, self.mask)
-
-    def forward(self, x):
-        weight = self.masked_weight() if self.product is None else self.product
-        return F.linear(x, weight, self.bias)
-
-
-@contextlib.contextmanager
-def masked_once(model):
-    """Within it the W' of each layer is made once, not for every batch: nothing may change it."""
-    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear)]
-    for layer in layers:
-        layer.product = layer.masked_weight()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.product = None
+    def forward(self, weight):
+        return StraightThrough.apply(weight, self.scores, self.mask)
 
 
 def encoder_linears(model):
@@ -180,67 +159,84 @@ def encoder_linears(model):
             if name.startswith("bert.encoder.") and isinstance(layer, nn.Linear)}
 
 
-def replace_linears(model, make):
-    """Put make(layer) in the place of every linear layer of the encoder."""
-    for name, layer in encoder_linears(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(layer))
-    return model
-
-
 def add_masks(model, score_init):
-    """Make every linear layer of the encoder a `MaskedLinear` and freeze the embeddings."""
+    """Give every linear layer of the encoder a `Mask`, and freeze the embeddings."""
     model.bert.embeddings.requires_grad_(False)
-    return replace_linears(model, lambda layer: MaskedLinear(layer, score_init))
+    for layer in encoder_linears(model).values():
+        parametrize.register_parametrization(layer, "weight", Mask(layer.weight, score_init))
+
+
+def masks_and_scores(model):
+    """[(Mask, its scores or the weights' size), ...] of all layers."""
+    pairs = []
+    for layer in encoder_linears(model).values():
+        mask = layer.parametrizations.weight[0]
+        scores = mask.scores
+        if scores is None:
+            scores = layer.parametrizations.weight.original.abs()
+        pairs.append((mask, scores.detach()))
+    return pairs
 
 
 def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
-    for layer in encoder_linears(model).values():
-        scores = layer.weight.abs() if layer.scores is None else layer.scores
-        layer.mask, layer.threshold = topk(scores, density, layer.threshold)
+    # matrices of one shape together: on a GPU 72 small searches would take longer than 2 large ones
+    by_shape = {}
+    for mask, scores in masks_and_scores(model):
+        by_shape.setdefault(scores.shape, []).append((mask, scores))
+    for shape, pairs in by_shape.items():
+        rows = torch.stack([scores.flatten() for _, scores in pairs])
+        for (mask, _), row in zip(pairs, mask_rows(rows, density)):
+            mask.mask = row.view(shape)
 
 
-def set_soft_masks(model, threshold, density, exact):
-    """CAP-soft: keep the weights of all matrices with sigmoid(score) > threshold, but at most the
-    share `density` of all of them, and exactly this share if `exact`: those with the largest
-    scores. Returns the share over the threshold."""
-    layers = encoder_linears(model).values()
-    scores = torch.cat([layer.scores.detach().flatten() for layer in layers])
-    mask = scores > math.log(threshold / (1 - threshold)) if threshold else scores > -math.inf
-    over = int(mask.count_nonzero()) / len(mask)
-    if exact or over > density:
-        mask = topk_mask(scores, density)
-    for layer, part in zip(layers, mask.split([layer.scores.numel() for layer in layers])):
-        layer.mask = part.view_as(layer.scores)
-    return over
+SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
+
+
+def set_soft_masks(model, density, sparsity, exact):
+    """CAP-soft: of all matrices together, the weights with sigmoid(score) over a threshold that
+    goes from 0 to SOFT_THRESHOLD as the density falls; of these at most the fraction `density`, the
+    largest, and exactly this if `exact`. Returns the fraction that is kept.
+    NOTE deviation: so the density is not left to the penalty but stays below eq. (3)."""
+    pairs = masks_and_scores(model)
+    scores = torch.cat([scores.flatten() for _, scores in pairs])
+    threshold = SOFT_THRESHOLD * pruned_fraction(density, sparsity)
+    together = scores.sigmoid() > threshold
+    kept = int(together.count_nonzero()) / len(together)
+    if exact or kept > density:
+        together, kept = topk_mask(scores, density), density
+    parts = together.split([scores.numel() for _, scores in pairs])
+    for (mask, scores), part in zip(pairs, parts):
+        mask.mask = part.view(scores.shape)
+    return kept
+
+
+def pruned_fraction(density, sparsity):
+    """How much of the way from dense to `sparsity` is behind: 0 to 1."""
+    return (1 - density) / max(sparsity, 1e-9)
 
 
 def mean_sigmoid(model):
     """What CAP-soft penalises: mean over matrices of the mean of sigmoid(S). Eq. (8)."""
-    means = [layer.scores.sigmoid().mean() for layer in encoder_linears(model).values()]
+    means = [module.scores.sigmoid().mean() for module in model.modules()
+             if isinstance(module, Mask)]
     return torch.stack(means).mean()
 
 
 def apply_masks(model):
-    """Replace every `MaskedLinear` by a plain layer whose pruned weights are exactly 0."""
-
-    def plain(layer):
-        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        linear.weight = nn.Parameter(layer.weight.detach().masked_fill(~layer.mask, 0.0))
-        linear.bias = layer.bias
-        return linear
-
-    return replace_linears(model, plain)
+    """Make every masked layer a plain one whose pruned weights are exactly 0."""
+    for layer in encoder_linears(model).values():
+        parametrize.remove_parametrizations(layer, "weight")
+        layer.weight.data += 0.0  # -0 becomes 0
 
 
 # -------------------------------------------------------------------------- schedule
 
 
 def cubic_density(step, total, start, end, warm, cool):
-    """Share of weights kept at `step` of `total`: `start` for the first `warm` steps, `end` for
-    the last `cool`, and a cubic in between that prunes fast first, then ever slower. Eq. (3)."""
+    """Density at `step` of `total`: `start` for the first `warm` steps, `end` for the last `cool`,
+    and a cubic in between that prunes fast first, then ever slower. Eq. (3)."""
     if step < warm:
         return start
     if step >= total - cool:
@@ -250,165 +246,111 @@ def cubic_density(step, total, start, end, warm, cool):
 
 def linear_lr(step, total, warmup):
     """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
-    return step / warmup if step < warmup else (total - step) / max(1, total - warmup)
+    if step < warmup:
+        return step / warmup
+    return (total - step) / max(1, total - warmup)
+
+
+def warmup_steps(args, total):
+    """Steps of the learning rate's warm-up."""
+    return round(args.warmup * total)
 
 
 # ------------------------------------------------------------------- sparsity report
 
 
 def sparsity_report(model):
-    """{"total": share of encoder weights that are exactly 0 or removed, "weights": how many there
-    were, "kept": how many are left, "matrices": {name: share}}."""
+    """{"total": fraction of encoder weights that are exactly 0 or removed, "weights": how many
+    there were, "kept": how many are neither, "matrices": {name: fraction}}."""
     with torch.device("meta"):
         whole = BertClassifier(dataclasses.replace(model.config, layer_sizes=None))
-    sizes = {name: layer.weight.numel() for name, layer in encoder_linears(whole).items()}
-    kept = {name: int((layer.weight * getattr(layer, "mask", 1)).count_nonzero())
-            for name, layer in encoder_linears(model).items()}
-    total, left = sum(sizes.values()), sum(kept.values())
-    return {"total": 1 - left / total, "weights": total, "kept": left,
-            "matrices": {name + ".weight": 1 - kept[name] / sizes[name] for name in sizes}}
-
-
-# ----------------------------------------------------------------- several processes
-
-
-def processes():
-    """How many processes torchrun started for this run: 1 without it."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def rank():
-    """The number of this process, from 0. Process 0 alone writes files and prints progress."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def wait_for_all():
-    if processes() > 1:
-        distributed.barrier()
-
-
-@contextlib.contextmanager
-def process_0_first():
-    """Has process 0 run its body before the others: what it puts into the caches they find."""
-    if rank() > 0:
-        wait_for_all()
-    yield
-    if rank() == 0:
-        wait_for_all()
-
-
-def summed(tensor):
-    """Sum of `tensor` over all processes, in place."""
-    if processes() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def share(batch):
-    """The examples of a batch that are this process's: every n-th of n processes."""
-    return {name: tensor[rank()::processes()] for name, tensor in batch.items()}
-
-
-class Gather(torch.autograd.Function):
-    """From the rows (b, D) of each process's share to those of the whole batch (B, D)."""
-
-    @staticmethod
-    def forward(ctx, rows, size):
-        whole = rows.new_zeros(size, rows.size(1))
-        whole[rank()::processes()] = rows
-        return summed(whole)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[rank()::processes()] * processes(), None  # DDP divides by as many
-
-
-def gather(rows, size):
-    """Every process computes the loss of the whole batch, but its gradient reaches only the rows
-    of its own share: summed over processes it is the gradient that one process would have."""
-    return rows if processes() == 1 else Gather.apply(rows, size)
+    pruned, matrices = encoder_linears(model), {}
+    weights = kept = 0
+    for name, layer in encoder_linears(whole).items():
+        size, nonzero = layer.weight.numel(), int(pruned[name].weight.count_nonzero())
+        matrices[name + ".weight"] = 1 - nonzero / size
+        weights += size
+        kept += nonzero
+    return {"total": 1 - kept / weights, "weights": weights, "kept": kept, "matrices": matrices}
 
 
 # -------------------------------------------------------------------- snapshot banks
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    """dtype: "fp32" or "bf16", in which matrix products are computed."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def encode(model, data, dtype=torch.float32, tokens=None):
+def encode(model, data, dtype="fp32", tokens=None):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
     gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
     Of several processes each encodes every n-th batch; all have all vectors."""
     device, was_training = model.classifier.weight.device, model.training
-    tokens = tokens or (2 ** 11 if device.type == "cpu" else 2 ** 16)
-    pooled, turn = torch.zeros(len(data), model.config.hidden_size, device=device), 0
-    lengths, order = data.lengths.sort(descending=True)  # alike in length: little padding
+    if tokens is None:
+        tokens = 2 ** 11 if device.type == "cpu" else 2 ** 16
+    pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
-    with torch.no_grad(), autocast(device, dtype), masked_once(model):
-        while len(order):
-            count = max(1, tokens // int(lengths[0]))
-            if turn % processes() == rank():
-                batch = move(data.batch(order[:count]), device)
+    with torch.no_grad(), autocast(device, dtype), parametrize.cached():  # each W' is made once
+        for i, batch in enumerate(batches_by_length(data, tokens)):
+            if i % processes() == rank():
+                batch = move(batch, device)
                 pooled[batch["index"]] = model(*inputs(batch))[1].float()
-            lengths, order, turn = lengths[count:], order[count:], turn + 1
     model.train(was_training)
     return summed(pooled)
 
 
-def move(batch, device):
-    on_gpu = device.type == "cuda"  # which then need not wait for what it was given before
-    return {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
+def unit(pooled):
+    """The vectors of a bank: of length 1, in half precision."""
+    return F.normalize(pooled, dim=-1).half()
 
 
-def inputs(batch):
-    return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
+@dataclass
+class Ancestors:
+    """What the model that is being pruned is compared with."""
+
+    banks: dict  # "prc", "snc", "fic", as far as used: each a list of K tensors (N, D)
+    logits: torch.Tensor  # (N, L), the teacher's
+    labels: torch.Tensor  # (N,)
 
 
-class Banks:
-    """The banks of the names "prc", "snc", "fic" that are used. Each is a list of K tensors, the
-    unit pooled vectors (N, D) of all examples by one ancestor, in half precision."""
-
-    def __init__(self, names, device, keep=None):
-        """device: where the vectors lie. keep(stem, tensor) writes a tensor for a later sitting
-        and returns it as it lies in the file."""
-        self.bank, self.device, self.keep = {name: [] for name in names}, device, keep
-
-    def add(self, name, pooled, place=0):
-        """The pooled vectors (N, D) of ancestor number `place` of a bank."""
-        vectors = F.normalize(pooled, dim=-1).half()
-        self.put(name, self.keep(f"{name}-{place}", vectors) if self.keep else vectors, place)
-
-    def put(self, name, vectors, place):
-        self.bank[name][place:] = [vectors.to(self.device)]
-
-    def restore(self, kept):
-        """Take over what an earlier sitting kept: {stem: tensor}."""
-        for stem, vectors in kept.items():
-            name, _, place = stem.partition("-")
-            if name in self.bank:
-                self.put(name, vectors, int(place))
-
-    def items(self):
-        """(name, bank) of those that hold an ancestor yet: SnC comes with epoch 2."""
-        return [(name, bank) for name, bank in self.bank.items() if bank]
+def store_ancestors(run, data, model, teacher):
+    """Encode the training set by the pre-trained `model` and the `teacher`, into the run folder.
+    Both are done once: neither ever changes."""
+    pooled = encode(teacher, data, run.args.dtype)  # (N, D)
+    run.store("logits", teacher.classifier(pooled).detach())
+    if "fic" not in run.args.without:
+        run.store("fic-0", unit(pooled))
+    if "prc" not in run.args.without:
+        run.store("prc-0", unit(encode(model, data, run.args.dtype)))
 
 
-def new_banks(args, data, model, checkpoints):
-    """Empty banks, on a GPU if they take at most half of what is free there. Elsewhere they are
-    memory-mapped files in the run folder: the system keeps in memory what fits."""
-    names = [name for name in ("prc", "snc", "fic") if name not in args.without]
-    snapshots = pruning_epochs(args) // snapshot_every(args) - 1
-    count = sum(snapshots if name == "snc" else 1 for name in names)
-    size, device = count * len(data) * model.config.hidden_size * 2, model.classifier.weight.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch holds back counts as taken
-    if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] / 2:
-        device = torch.device("cpu")
-    place = device if device.type == "cuda" else "memory-mapped files" if checkpoints else "memory"
-    print(f"banks: {count} x {len(data)} x {model.config.hidden_size} in half precision, "
-          f"{size / 1e9:.2f} GB, in {place}", flush=True)
-    return Banks(names, device, checkpoints.keep if checkpoints else None)
+def load_ancestors(run, data, device):
+    """The `Ancestors` that a run has stored, its snapshots among them."""
+    banks = {}
+    for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
+        if name not in run.args.without:
+            banks[name] = [load_bank(run, f"{name}-{i}", device) for i in range(count)]
+    # a regression's labels are rounded: alike are those with the same whole number
+    labels = data.labels.round().to(device)
+    return Ancestors(banks, run.stored("logits").to(device), labels)
+
+
+def load_bank(run, name, device):
+    """The vectors (N, D) of one ancestor: on a GPU if they take at most half of what is free there,
+    else in a memory-mapped file, of which the system keeps in memory what fits."""
+    vectors = run.stored(name)
+    if device.type == "cuda" and vectors.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+        vectors = vectors.to(device)
+    return vectors
+
+
+def add_snapshot(run, data, model, ancestors):
+    """Enter the model as it is now in SnC."""
+    name, device = f"snc-{run.snapshots}", model.classifier.weight.device
+    run.store(name, unit(encode(model, data, run.args.dtype)))
+    ancestors.banks["snc"].append(load_bank(run, name, device))
+    run.snapshots += 1
 
 
 # ------------------------------------------------------------------ contrastive loss
@@ -425,28 +367,30 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
     Returns (unsup, sup): two scalars, not weighted."""
     q = F.normalize(queries, dim=-1)  # (B, D)
-    drawn = torch.cat([index, extra])  # (B + E,)
     if isinstance(bank, torch.Tensor):
         bank = bank.unbind(1)  # K of (N, D)
-    rows = drawn.to(bank[0].device)  # (B + E,)
-    ancestors = torch.cat([vectors.index_select(0, rows) for vectors in bank])  # (K (B + E), D)
-    ancestors = ancestors.to(q.device).to(q.dtype)
+    # candidates: the other anchors, and what each ancestor made of the batch and of `extra`
+    drawn = torch.cat([index, extra])  # (B + E,)
+    vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
+                         for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
     candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
+    # similarities; an anchor is none of its own candidates
     scaled = q / temperature
-    among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B), without the anchor itself
-    similarity = torch.cat([among, (ancestors @ scaled.T).T], dim=1)  # (B, C), eq. (4)
+    among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B)
+    similarity = torch.cat([among, (vectors @ scaled.T).T], dim=1)  # (B, C), eq. (4)
     log_p = similarity.log_softmax(dim=1)  # (B, C), eq. (5)
+    # positives: the same example, or the same label
     same_example = index[:, None] == candidate_index  # (B, C), P^u of eq. (6)
     same_label = labels[:, None] == candidate_labels  # (B, C), P^s of eq. (6)
-
-    def mean_over_positives(positive):
-        positive.fill_diagonal_(False)  # it is none of its positives
+    losses = []
+    for positive in (same_example, same_label):
+        positive.fill_diagonal_(False)
         count = positive.sum(1)  # (B,), |P_i|
         per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
-        return -per_anchor.sum() / (count.sum() if norm == "official" else len(q))  # eq. (7)
-
-    return mean_over_positives(same_example), mean_over_positives(same_label)
+        divisor = count.sum() if norm == "official" else len(q)
+        losses.append(-per_anchor.sum() / divisor)  # eq. (7)
+    return tuple(losses)
 
 
 # ------------------------------------------------------------------------ total loss
@@ -469,30 +413,47 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
     return temperature ** 2 * divergence  # last term of eq. (8)
 
 
-def cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args):
+def draw_extra(chance, size, args, device):
+    """E: rows of a training set of `size`, drawn without replacement; all, if it has no more."""
+    rows = chance.choice(size, min(args.extra, size), replace=False)
+    return torch.from_numpy(rows).to(device)
+
+
+def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
 
-    teacher_logits: (N, L). bank_labels: (N,). extra: rows drawn from all N, of which a bank of K
-    ancestors uses the first args.extra // K, so that all give about as many candidates."""
+    extra: drawn rows, of which a bank of K ancestors uses the first args.extra // K, so that all
+    banks give about as many candidates."""
+    index, labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
     if "kd" not in args.without:
-        terms["kd"] = args.w_kd * distillation_loss(logits, teacher_logits[batch["index"]],
+        terms["kd"] = args.w_kd * distillation_loss(logits, ancestors.logits[index],
                                                     args.kd_temperature)
-    for name, bank in banks.items():
-        unsup, sup = contrastive_loss(pooled, batch["index"], bank_labels[batch["index"]], bank,
-                                      bank_labels, extra[:args.extra // len(bank)],
-                                      args.temperature, args.norm)
+    for name, bank in ancestors.banks.items():
+        if not bank:  # SnC, before the first snapshot
+            continue
+        unsup, sup = contrastive_loss(pooled, index, labels[index], bank, labels,
+                                      extra[:args.extra // len(bank)], args.temperature, args.norm)
         terms[name] = args.w_unsup * unsup + args.w_sup * sup  # eq. (8)
     return terms
 
 
+def soft_penalty(model, density, args):
+    """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
+    sigmoid of the scores."""
+    weight = args.penalty * pruned_fraction(density, args.sparsity)
+    return weight * mean_sigmoid(model)  # eq. (8), CAP-soft
+
+
 def gradient_shares(terms, pooled):
-    """{term: |d term / d pooled| as a share of the sum over terms}: who steers the encoder.
-    pooled: (B, D), or of several processes each one's share."""
+    """{term: |d term / d pooled| as a fraction of the sum over terms}: who steers the encoder.
+    pooled: (B, D), or of several processes each one's part."""
     norms = {}
-    for name, term in terms.items():  # but the penalty on the scores, which is not of pooled
+    for name, term in terms.items():
         grad, = torch.autograd.grad(term, pooled, retain_graph=True, allow_unused=True)
-        norms[name] = 0.0 if grad is None else summed(grad.float().norm() ** 2).sqrt().item()
+        norms[name] = 0.0
+        if grad is not None:  # the penalty on the scores has none
+            norms[name] = summed(grad.float().norm() ** 2).sqrt().item()
     total = sum(norms.values()) or 1.0
     return {name: round(norm / total, 4) for name, norm in norms.items()}
 
@@ -501,205 +462,16 @@ def gradient_shares(terms, pooled):
 
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 TEACHER_EPOCHS = 3  # at most
-SOFT_THRESHOLD = 0.1  # CAP-soft keeps what exceeds it at the end
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
-
-
-def warmup_steps(args, total):
-    """Of the learning rate. t_0 of eq. (3) is twice, t_1 three times as many."""
-    return round(args.warmup * total)
-
-
-def make_optimizer(model, args, total):
-    """Adam on weights and scores, each with its learning rate under one linear schedule."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in named if not name.endswith("scores")], "lr": args.lr},
-              {"params": [p for name, p in named if name.endswith("scores")], "lr": args.mask_lr}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]],
-                                  eps=1e-8, weight_decay=0.0, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: linear_lr(step, total, warmup_steps(args, total)))
-
-
-def randomness(*place):
-    """All that is random in a step is a function of its place (seed, epoch, batch), so there is no
-    random state to save: a numpy generator, the same in all processes, and torch's own, which
-    dropout uses, set from it and different in each."""
-    chance = np.random.default_rng(place)
-    torch.manual_seed(int(chance.integers(2 ** 62)) + rank())
-    return chance
-
-
-class Stop:
-    """Ctrl-C or SIGTERM. Where `patient`, among the steps of an epoch, the first one is only noted
-    in `asked`, so that the step is ended and saved; else it raises KeyboardInterrupt at once."""
-
-    def __init__(self):
-        self.patient = self.asked = False
-
-    def __call__(self, signal_number, frame):
-        if not self.patient or self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-STOP = Stop()
-
-
-def train(model, data, loss_terms, args, log, epochs, set_density=None, after_epoch=None,
-          first_epoch=0, checkpoints=None, state=None):
-    """Train `model` on `data`: the one loop of the dense teacher and of the pruned model.
-
-    loss_terms(logits, pooled, batch, chance) -> {name: scalar}, whose sum is minimised; chance is
-    what may be random in it. set_density(step, total) -> share of weights kept: sets the masks
-    before each step. after_epoch(epoch) -> {...}, entered in the log. first_epoch: number of the
-    first one, for the order of the data and the log; the schedule begins anew. state: what
-    `checkpoints` had saved of this training, to go on from. ValueError if the loss is not finite,
-    which is looked at every LOG_EVERY steps, or a weight where it would be saved."""
-    device = model.classifier.weight.device
-    dtype, steps = args.compute_dtype, math.ceil(len(data) / args.batch_size)
-    total = epochs * steps
-    optimizer, schedule = make_optimizer(model, args, total)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    epoch, done, kept = first_epoch, 0, 1.0  # epochs, and batches of the next, that were made
-    if state:
-        epoch, done, kept = state["epoch"], state["batches"], state["kept"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        state.clear()  # of its memory, which the callers would hold as long as this goes on
-
-    def save(epoch, batches_done):
-        if checkpoints is not None:
-            check_finite(model.named_parameters(), step)
-            checkpoints.save({"epoch": epoch, "batches": batches_done, "kept": kept,
-                              **{name: part.state_dict() for name, part in parts.items()}})
-
-    step = (epoch - first_epoch) * steps + done - 1  # the last one that was made
-    replica = model if processes() == 1 else DistributedDataParallel(
-        model, forward_sync_buffers=False)  # the masks: each process computes the same
-    progress = Progress(total, args.batch_size, device, step)
-    model.train()
-    while epoch < first_epoch + epochs:
-        STOP.patient = True
-        for i, batch in enumerate(batches(data, args.batch_size, args.seed, epoch, done), done):
-            step = (epoch - first_epoch) * steps + i
-            chance = randomness(args.seed, epoch, i)
-            kept = 1.0 if set_density is None else set_density(step, total)
-            batch = move(batch, device)
-            with autocast(device, dtype):
-                logits, own_pooled = replica(*inputs(share(batch)))
-            terms = loss_terms(gather(logits.float(), len(batch["index"])),
-                               gather(own_pooled.float(), len(batch["index"])), batch, chance)
-            to_log = step % LOG_EVERY == 0 or step == total - 1
-            if to_log:
-                values = {name: term.item() for name, term in terms.items()}
-                check_finite(values.items(), step)
-                shares = gradient_shares(terms, own_pooled)
-            sum(terms.values()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            lr = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if to_log:
-                log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, "lr": lr,
-                     "loss": sum(values.values()), **values, "gradient_share": shares,
-                     **progress.show(step, kept, values, lr)})
-            asked = bool(summed(torch.tensor(int(STOP.asked))))  # of any process: all stop here
-            if asked or checkpoints is not None and checkpoints.due():
-                save(epoch, i + 1)
-            if asked:
-                raise KeyboardInterrupt
-        STOP.patient = False
-        if sys.stdout.isatty():
-            print()  # the step line stays
-        if after_epoch is not None:
-            try:
-                found = after_epoch(epoch)
-            except KeyboardInterrupt:
-                save(epoch, steps)
-                raise
-            log({"step": first_epoch * steps + step, "epoch": epoch, "kept": kept, **found})
-        epoch, done = epoch + 1, 0
-    save(epoch, 0)
-
-
-def check_finite(named, step):
-    """ValueError with the name of the first number or tensor that is not finite."""
-    for name, value in named:
-        if not torch.as_tensor(value).isfinite().all():
-            raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
-                             "saved before is kept")
-
-
-class Progress:
-    """The step line, under a heading that names its columns: rewritten in place on a terminal,
-    elsewhere one line a minute."""
-
-    def __init__(self, total, batch_size, device, last_step=-1):
-        self.total, self.batch_size, self.device = total, batch_size, device
-        self.start = self.last_time = time.perf_counter()
-        self.first, self.last_step, self.last_printed = last_step, last_step, -math.inf
-        print("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta", flush=True)
-
-    def show(self, step, kept, values, lr):
-        """Print the line and return its speed: {"ms", "examples_per_second"} since the last."""
-        now = time.perf_counter()
-        seconds = (now - self.last_time) / (step - self.last_step)
-        left = (now - self.start) / (step - self.first) * (self.total - step - 1)
-        self.last_time, self.last_step = now, step
-        terms = " ".join(f"{name} {value:.2f}"[:len(name) + 5].rstrip(".")
-                         for name, value in values.items())
-        line = (f"{step + 1}/{self.total} | {kept:.1%} | {sum(values.values()):.2f} = {terms} | "
-                f"{lr:.1e} | {1000 * seconds:.0f}, {self.batch_size / seconds:.0f}, "
-                f"{peak_memory(self.device) / 1e9:.1f} | {timedelta(seconds=int(left))}")
-        if sys.stdout.isatty():
-            print("\r" + line.ljust(119), end="", flush=True)
-        elif now - self.last_printed > 60 or step == self.total - 1:
-            print(line, flush=True)
-            self.last_printed = now
-        return {"ms": round(1000 * seconds, 1),
-                "examples_per_second": round(self.batch_size / seconds, 1)}
-
-
-def peak_memory(device):
-    """Most bytes held so far: of GPU memory on CUDA, of the process elsewhere (0 on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not there on Windows
-    except ImportError:
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def evaluate(model, args, dev_sets, dtype=torch.float32):
-    """GLUE's scores on every dev set: {"accuracy": ..., "accuracy_mm": ...}, as fractions."""
-    scores = {}
-    for split, data in dev_sets.items():
-        logits = model.classifier(encode(model, data, dtype)).detach()  # (N, L)
-        predictions = logits[:, 0] if logits.size(1) == 1 else logits.argmax(dim=1)
-        found = score(args.task, predictions.cpu().numpy(), data.labels.numpy())
-        scores |= {name + split.removeprefix("dev"): value for name, value in found.items()}
-    return scores
-
-
-def train_teacher(args, data, model, log, checkpoints=None, state=None):
-    """Fine-tune the dense `model` on `data`."""
-
-    def loss_terms(logits, pooled, batch, chance):
-        return {"ce": task_loss(logits, batch["labels"])}
-
-    train(model, data, loss_terms, args, lambda entry: log({"phase": "teacher", **entry}),
-          teacher_epochs(args), checkpoints=checkpoints, state=state)
 
 
 def stages(args):
     """Sparsities at which the model is trained for args.epochs each: the one asked for, after
     those of 10 %, 20 %, ... where heads and neurons are removed."""
-    tenths = [i / 10 for i in range(1, 10)] if args.method == "structured" else []
-    return [*(sparsity for sparsity in tenths if sparsity < args.sparsity), args.sparsity]
+    found = []
+    if args.method == "structured":
+        found = [i / 10 for i in range(1, 10) if i / 10 < args.sparsity]
+    return [*found, args.sparsity]
 
 
 def pruning_epochs(args):
@@ -715,118 +487,215 @@ def snapshot_every(args):
     return args.epochs if args.method == "structured" else 1
 
 
-def add_snapshot(args, data, model, banks, epoch):
-    """Enter the model after `epoch` in SnC, if it is a snapshot: the last one would serve nobody,
-    and one that was made before a stop is there."""
-    number, rest = divmod(epoch + 1, snapshot_every(args))
-    if ("snc" in banks.bank and not rest and epoch + 1 < pruning_epochs(args)
-            and len(banks.bank["snc"]) < number):
-        banks.add("snc", encode(model, data, args.compute_dtype), number - 1)
+def make_optimizer(model, args):
+    """Adam on the weights, and on the scores with a learning rate of their own."""
+    weights, scores = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (scores if name.endswith("scores") else weights).append(parameter)
+    groups = [{"params": weights, "peak": args.lr}]
+    if scores:
+        groups.append({"params": scores, "peak": args.mask_lr})
+    return torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
 
 
-def first_banks(args, data, model, teacher, checkpoints=None):
-    """(banks with PrC and FiC filled, teacher logits (N, L)). Both are made once: neither the
-    pre-trained model nor the teacher ever changes."""
-    banks = new_banks(args, data, model, checkpoints)
-    pooled = encode(teacher, data, args.compute_dtype)  # (N, D)
-    if "fic" in banks.bank:
-        banks.add("fic", pooled)
-    if "prc" in banks.bank:
-        banks.add("prc", encode(model, data, args.compute_dtype))
-    return banks, teacher.classifier(pooled).detach()
+def randomness(*position):
+    """All that is random in a step is a function of its position (seed, epoch, batch), so there is
+    no random state to save: a numpy generator, the same in all processes, and torch's own, which
+    dropout uses, set from it and different in each."""
+    chance = np.random.default_rng(position)
+    torch.manual_seed(int(chance.integers(2 ** 62)) + rank())
+    return chance
 
 
-def set_masks_at(model, args, step, total, facts):
-    """The masks of `step`, eq. (3). Returns the share of weights kept. CAP-soft enters in `facts`
-    its "threshold" and, until in the end exactly k are kept, the share "over" it.
-    NOTE deviation: CAP-soft's density is not left to its penalty but stays below eq. (3)."""
-    warm, cool = 2 * warmup_steps(args, total), 3 * warmup_steps(args, total)
-    kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
-    if args.method != "soft":
-        set_masks(model, kept)
-        return kept
-    facts["threshold"] = cubic_density(step, total, 0.0, SOFT_THRESHOLD, warm, cool)
-    exact = step >= total - cool
-    over = set_soft_masks(model, facts["threshold"], kept, exact)
-    if exact:
-        return kept
-    facts["over"] = over
-    return min(kept, over)
+def forward(model, batch, dtype):
+    """(logits (B, L), pooled (B, D), own pooled), fp32. Of several processes each computes its own
+    part of the batch, in `dtype`, and has the other parts from the others."""
+    size, device = len(batch["index"]), batch["index"].device
+    with autocast(device, dtype):
+        logits, pooled = model(*inputs(own_part(batch)))
+    return gather(logits.float(), size), gather(pooled.float(), size), pooled
 
 
-def prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints=None, state=None):
-    """CAP: the pre-trained `model`, pruned. Returns it, with the pruned weights at 0 or removed,
-    and the share of weights over CAP-soft's threshold just before its cut to exactly k, or None.
-    state: what `checkpoints` had saved of the pruning, to go on from."""
-    facts = {"stage": 0, "over": None} if checkpoints is None else checkpoints.facts
-    device, structured = teacher_logits.device, args.method == "structured"
-    epoch_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
-    bank_labels = data.labels.round().to(device)  # a regression's labels: nearest whole number
+def train(run, model, data, ancestors=None, dev_sets=None, state=None):
+    """Train `model` on `data` from where `run` is to the end of its stage: the one loop of the dense
+    teacher, which has no ancestors, and of the pruned model.
 
-    def loss_terms(logits, pooled, batch, chance):
-        count = min(args.extra, len(data))
-        extra = torch.from_numpy(chance.choice(len(data), count, replace=False)).to(device)
-        terms = cap_terms(logits, pooled, batch, teacher_logits, banks, bank_labels, extra, args)
-        if args.method == "soft":
-            penalty = args.penalty * facts["threshold"] / SOFT_THRESHOLD
-            terms["l1"] = penalty * mean_sigmoid(model)  # eq. (8), CAP-soft
-        return terms
+    dev_sets: what is scored after each epoch of pruning. state: of a stopped run. ValueError if the
+    loss is not finite, which is looked at every LOG_EVERY steps, or a weight where it would be
+    saved."""
+    args, device = run.args, model.classifier.weight.device
+    steps = math.ceil(len(data) / args.batch_size)  # of an epoch
+    first, last = run.epochs_of_stage()
+    total = (last - first) * steps
+    warmup = warmup_steps(args, total)
+    optimizer = make_optimizer(model, args)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:  # what was done before need not be done again
+        run.save(model, optimizer)
+    replica = model
+    if processes() > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)  # all have the same masks
+    masked = any(isinstance(module, Mask) for module in model.modules())
+    kept = 1 - sparsity_report(model)["total"]  # where it is not a matter of the step
+    progress = Progress(total, args.batch_size, device)
+    model.train()
+    while run.epoch < last:
+        for batch in batches(data, args.batch_size, args.seed, run.epoch, run.batch):
+            step = (run.epoch - first) * steps + run.batch
+            chance = randomness(args.seed, run.epoch, run.batch)
+            # masks of this step, eq. (1) and (3): t_0 is 2 warm-ups, t_1 is 3
+            if masked:
+                density = kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup,
+                                               3 * warmup)
+                if args.method == "soft":
+                    kept = set_soft_masks(model, density, args.sparsity, step >= total - 3 * warmup)
+                else:
+                    set_masks(model, density)
+            # its learning rates
+            factor = linear_lr(step, total, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            # terms of the loss, eq. (8)
+            batch = move(batch, device)
+            logits, pooled, own_pooled = forward(replica, batch, args.dtype)
+            if ancestors is None:
+                terms = {"ce": task_loss(logits, batch["labels"])}
+            else:
+                extra = draw_extra(chance, len(data), args, device)
+                terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
+                if args.method == "soft":
+                    terms["l1"] = soft_penalty(model, density, args)
+            # what is logged must be known before the graph is gone
+            to_log = step % LOG_EVERY == 0 or step == total - 1
+            if to_log:
+                values = {name: term.item() for name, term in terms.items()}
+                check_finite(values.items(), step)
+                shares = gradient_shares(terms, own_pooled)
+            # backward, eq. (2), and the step
+            sum(terms.values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.batch += 1
+            if to_log:
+                entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
+                         "lr": args.lr * factor, "loss": sum(values.values()), **values}
+                speed = progress.show(step, entry, values)
+                run.log(**entry, gradient_share=shares, **speed)
+            if run.due():
+                run.save(model, optimizer)
+        # after an epoch of pruning: a snapshot, which after the last would serve nobody, and a score
+        run.epoch, run.batch = run.epoch + 1, 0
+        if ancestors is not None:
+            if (run.epoch % snapshot_every(args) == 0 and run.epoch < pruning_epochs(args)
+                    and "snc" in ancestors.banks):
+                add_snapshot(run, data, model, ancestors)
+            scores = evaluate(model, args.task, dev_sets, args.dtype)
+            say(f"epoch {run.epoch}/{pruning_epochs(args)}, dev: {show_scores(scores)}")
+            run.log(step=run.epoch * steps - 1, epoch=run.epoch - 1, kept=kept, dev=scores)
+    run.save(model, optimizer)
 
-    def set_density(step, total):
-        return left if structured else set_masks_at(model, args, step, total, facts)
 
-    def after_epoch(epoch):
-        add_snapshot(args, data, model, banks, epoch)
-        scores = evaluate(model, args, epoch_dev, args.compute_dtype)
-        print(f"epoch {epoch + 1}/{pruning_epochs(args)}, dev: {show_scores(scores)}", flush=True)
-        return {"dev": scores}
+def check_finite(named, step):
+    """ValueError with the name of the first number or tensor that is not finite."""
+    for name, value in named:
+        if not torch.as_tensor(value).isfinite().all():
+            raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
+                             "saved before is kept")
 
-    if not structured:
-        add_masks(model, args.score_init)
-    for stage, sparsity in list(enumerate(stages(args)))[facts["stage"]:]:
-        if structured and state:
-            model = of_sizes(model, facts["layer_sizes"])  # as it was saved
-        elif structured:
-            model = remove_least_important(model, data, loss_terms, args, sparsity)
-        left = 1 - sparsity_report(model)["total"]
-        facts.update(phase="prune", stage=stage, layer_sizes=model.config.layer_sizes)
-        train(model, data, loss_terms, args, lambda entry: log({"phase": "prune", **entry}),
-              args.epochs, set_density, after_epoch, stage * args.epochs, checkpoints, state)
-    return model if structured else apply_masks(model), facts["over"]
+
+class Progress:
+    """The step line, under a heading that names its columns: rewritten in place on a terminal,
+    elsewhere one line a minute."""
+
+    def __init__(self, total, batch_size, device):
+        self.total, self.batch_size, self.device = total, batch_size, device
+        self.last_time, self.last_step, self.last_printed = time.perf_counter(), None, -math.inf
+        say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
+
+    def show(self, step, entry, terms):
+        """Print the line; returns its speed {"ms", "examples_per_second"} since the last one."""
+        now = time.perf_counter()
+        if self.last_step is None:  # the first step since the start, or since a stop
+            self.last_step = step - 1
+        seconds = (now - self.last_time) / (step - self.last_step)
+        self.last_time, self.last_step = now, step
+        speed = self.batch_size / seconds
+        eta = timedelta(seconds=int(seconds * (self.total - step - 1)))
+        losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
+        line = (f"{step + 1}/{self.total} | {entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | "
+                f"{entry['lr']:.1e} | {1000 * seconds:.0f}, {speed:.0f}, "
+                f"{peak_memory(self.device) / 1e9:.1f} | {eta}")
+        at_end = step == self.total - 1
+        if sys.stdout.isatty():
+            say("\r" + line.ljust(119), end="\n" if at_end else "")
+        elif at_end or now - self.last_printed > 60:
+            say(line)
+            self.last_printed = now
+        return {"ms": round(1000 * seconds, 1), "examples_per_second": round(speed, 1)}
+
+
+def peak_memory(device):
+    """Most bytes held so far: of GPU memory on CUDA, of the process elsewhere (0 on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not there on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def evaluate(model, task, dev_sets, dtype="fp32"):
+    """GLUE's scores on every dev set: {"accuracy": ..., "accuracy_mm": ...}, as fractions."""
+    scores = {}
+    for split, data in dev_sets.items():
+        logits = model.classifier(encode(model, data, dtype)).detach()  # (N, L)
+        predictions = logits.argmax(dim=1)
+        if logits.size(1) == 1:
+            predictions = logits[:, 0]
+        found = score(task, predictions.cpu().numpy(), data.labels.numpy())
+        for name, value in found.items():
+            scores[name + split.removeprefix("dev")] = value
+    return scores
+
+
+def show_scores(scores):
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
 
 
 # --------------------------------------------------------------- structured pruning
 
 
-def importance(model, data, loss_terms, args):
+def importance(run, model, data, ancestors):
     """CAP-f's first-order Taylor criterion: |dL/dmask| summed over the batches of `data`, where a
     mask, here 1, multiplies what each head and each neuron puts out; dropout is off. Returns two
-    lists with a vector for each layer: (H,) of the heads and (F,) of the neurons."""
-    heads, neurons, hooks = [], [], []
+    lists with a vector for each layer: (H,) of the heads and (F,) of the neurons.
 
-    def add_mask(linear, units):  # of the layer that reads what the units put out
-        mask = torch.ones(units, device=linear.weight.device, requires_grad=True)
-        width = linear.in_features // max(1, units)
-        hooks.append(linear.register_forward_pre_hook(
-            lambda module, inputs: inputs[0] * mask.repeat_interleave(width)))
-        return mask
-
-    for layer in model.bert.encoder["layer"]:
-        heads.append(add_mask(layer.attention["output"].dense, layer.attention["self"].shape[0]))
-        neurons.append(add_mask(layer.output.dense, layer.output.dense.in_features))
-    sums = [torch.zeros_like(mask) for mask in heads + neurons]
+    A mask m on what column f of the matrix W reads has dL/dm = sum_d W_df dL/dW_df."""
+    args, device = run.args, model.classifier.weight.device
+    layers = model.bert.encoder["layer"]
+    readers = [layer.attention["output"].dense.weight for layer in layers]
+    readers += [layer.output.dense.weight for layer in layers]
+    head_width = model.config.hidden_size // model.config.num_attention_heads
+    widths = [head_width] * len(layers) + [1] * len(layers)  # columns of a unit
+    sums = [0.0] * len(readers)
     model.eval()
     for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
-        batch = move(batch, heads[0].device)
-        with autocast(heads[0].device, args.compute_dtype):
-            outputs = model(*inputs(share(batch)))
-        logits, pooled = (gather(output.float(), len(batch["index"])) for output in outputs)
-        loss = sum(loss_terms(logits, pooled, batch, randomness(args.seed, 0, i, 1)).values())
-        for total, grad in zip(sums, torch.autograd.grad(loss, heads + neurons)):
-            total += (summed(grad) / processes()).abs()
-    for hook in hooks:
-        hook.remove()
-    return sums[:len(heads)], sums[len(heads):]
+        chance = randomness(args.seed, 0, i, 1)
+        batch = move(batch, device)
+        logits, pooled, _ = forward(model, batch, args.dtype)
+        extra = draw_extra(chance, len(data), args, device)
+        terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
+        gradients = torch.autograd.grad(sum(terms.values()), readers)
+        for j, (reader, gradient) in enumerate(zip(readers, gradients)):
+            columns = (reader.detach() * summed(gradient) / processes()).sum(0)
+            sums[j] += columns.view(-1, widths[j]).sum(1).abs()
+    return sums[:len(layers)], sums[len(layers):]
 
 
 def most_important(importances, count):
@@ -849,216 +718,180 @@ def of_sizes(model, layer_sizes):
 def remove_units(model, heads, neurons):
     """A model with only the heads and neurons of these bool masks, one a layer: its matrices are
     smaller, `config.layer_sizes` tells how small, and it computes what the masked one would."""
-    small = of_sizes(model, [[int(kept.sum()) for kept in masks] for masks in zip(heads, neurons)])
-    state = model.state_dict()
-    for i, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons)):
-        rows = kept_heads.repeat_interleave(model.config.hidden_size
-                                            // model.config.num_attention_heads)
+    sizes = [[int(in_heads.sum()), int(in_neurons.sum())]
+             for in_heads, in_neurons in zip(heads, neurons)]
+    small, state = of_sizes(model, sizes), model.state_dict()
+    width = model.config.hidden_size // model.config.num_attention_heads
+    for i in range(len(sizes)):
+        layer = f"bert.encoder.layer.{i}."
+        rows = heads[i].repeat_interleave(width)
+        # rows of what makes a unit's output
         for name, kept in (("attention.self.query", rows), ("attention.self.key", rows),
-                           ("attention.self.value", rows), ("intermediate.dense", kept_neurons)):
-            for kind in ("weight", "bias"):
-                state[f"bert.encoder.layer.{i}.{name}.{kind}"] = (
-                    state[f"bert.encoder.layer.{i}.{name}.{kind}"][kept])
-        for name, kept in (("attention.output", rows), ("output", kept_neurons)):
-            name = f"bert.encoder.layer.{i}.{name}.dense.weight"
-            state[name] = state[name][:, kept]
+                           ("attention.self.value", rows), ("intermediate.dense", neurons[i])):
+            for kind in (".weight", ".bias"):
+                state[layer + name + kind] = state[layer + name + kind][kept]
+        # and columns of what reads it
+        for name, kept in (("attention.output.dense.weight", rows),
+                           ("output.dense.weight", neurons[i])):
+            state[layer + name] = state[layer + name][:, kept]
     small.load_state_dict(state)
     return small
 
 
-def remove_least_important(model, data, loss_terms, args, sparsity):
+def remove_least_important(run, model, data, ancestors, sparsity):
     """A stage of CAP-f: the model without the least important heads and neurons, of both so many
-    that at least the share `sparsity` of those the model once had is gone. NOTE deviation: a layer
-    may lose all of them."""
-    print(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go",
-          flush=True)
-    masks, left = [], (1 - sparsity) * model.config.num_hidden_layers
-    for importances, units in zip(importance(model, data, loss_terms, args),
-                                  (model.config.num_attention_heads,
-                                   model.config.intermediate_size)):
-        masks.append(most_important(importances, math.floor(left * units + 1e-6)))
-    return remove_units(model, *masks)
-
-
-def show_scores(scores):
-    return ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items())
+    that at least the fraction `sparsity` of those the model once had is gone. NOTE deviation: a
+    layer may lose all of them."""
+    say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
+    heads, neurons = importance(run, model, data, ancestors)
+    layers = (1 - sparsity) * model.config.num_hidden_layers
+    head_count = math.floor(layers * model.config.num_attention_heads + 1e-6)
+    neuron_count = math.floor(layers * model.config.intermediate_size + 1e-6)
+    return remove_units(model, most_important(heads, head_count),
+                        most_important(neurons, neuron_count))
 
 
 # --------------------------------------------------------- run folder and checkpoint
 
-
-def is_finished(folder, config):
-    """Whether the run folder holds this very run, finished. ValueError if it is something else, or
-    belongs to a run of another configuration."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is no run folder: choose another --out")
-        return False
-    try:
-        text = path.read_text(encoding="utf-8")
-        if log_header(config).startswith(text):
-            return False  # killed while it was begun
-        before = json.loads(text.split("\n")[0])["config"]
-        differing = [key for key in config if key in before and config[key] != before[key]]
-        if not before.keys() & config.keys():
-            raise KeyError("task")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: delete the folder") from None
-    if differing:
-        raise ValueError(f"{folder} belongs to another run ({', '.join(differing)} differ): "
-                         "choose another --out or delete it")
-    return (folder / "record.json").exists()
+TEACHER = -1  # the stage before those of pruning
 
 
-def log_header(config):
-    return json.dumps({"config": config}) + "\n"
+@dataclass
+class Run:
+    """Where a run is. With the states of model and optimizer this is all that a stopped run needs,
+    since all that is random in a step is a function of its position."""
 
+    args: argparse.Namespace
+    train_sha256: str  # of the rows it is trained on
+    stage: int = TEACHER  # or the index in `stages`
+    epoch: int = 0  # of the teacher's, or of the pruning's in all its stages
+    batch: int = 0  # the next one of the epoch
+    snapshots: int = 0  # that SnC holds
+    dense: dict | None = None  # the teacher's scores
+    phase: str = "other"  # what the time is counted for
+    seconds: dict = field(default_factory=lambda: dict.fromkeys(
+        ("teacher", "banks", "prune", "other"), 0.0))
 
-def start_log(folder, config, size):
-    """log(entry), which appends a line to log.jsonl: to its first `size` bytes, those of what was
-    saved before a stop, or if that is None to a new file that begins with the configuration."""
-    path = folder / "log.jsonl"
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if size is None:
-            path.write_text(log_header(config), encoding="utf-8")
-        else:
-            os.truncate(path, size)
-    wait_for_all()
+    def __post_init__(self):
+        self.folder = self.args.out / "checkpoint"
+        self.last_save, self.last_tick = time.monotonic(), time.perf_counter()
 
-    def log(entry):
-        if rank() == 0:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    return log
-
-
-class Checkpoints:
-    """What a stopped run needs to go on, in RUN/checkpoint until the run is finished. Each file is
-    written under a temporary name and renamed to STEM.SHA256.pt, where the sum is over the run's
-    configuration and the file's content: a torn or foreign file is seen, and the state before it
-    used, for the last two are kept. What stays as it is (banks, teacher logits) is written once."""
-
-    def __init__(self, run, config, minutes):
-        self.folder, self.log_path = run / "checkpoint", run / "log.jsonl"
-        self.identity = json.dumps(config, sort_keys=True).encode()
-        self.interval, self.last_time = 60 * minutes, time.monotonic()
-        self.facts = {  # what is saved beside the state of the training
-            "phase": "teacher", "stage": 0, "over": None, "kept": {},
-            "seconds": {"teacher": 0.0, "banks": 0.0, "prune": 0.0, "total": 0.0}}
-        self.last_tick, self.last_state = time.perf_counter(), None
-
-    def tick(self, phase=None):
-        """Count the time since the last call to the total and, if given, to a phase."""
+    def enter(self, phase):
+        """Count the time since the last call for the phase that ends, and begin another."""
         now = time.perf_counter()
-        for name in {"total", phase or "total"}:
-            self.facts["seconds"][name] += now - self.last_tick
-        self.last_tick = now
+        self.seconds[self.phase] += now - self.last_tick
+        self.phase, self.last_tick = phase, now
 
-    def digest(self, path):
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.sha256(self.identity)).hexdigest()
+    def epochs_of_stage(self):
+        """(first epoch of this stage, first one after it)."""
+        if self.stage == TEACHER:
+            return 0, teacher_epochs(self.args)
+        first = self.stage * self.args.epochs
+        return first, first + self.args.epochs
 
-    def write(self, stem, content):
-        """Write tensors, numbers and the like; returns the file's name. OSError if it fails."""
-        temporary = self.folder / "writing.tmp"
+    def log(self, **entry):
+        """Append a line to log.jsonl."""
+        if rank() == 0:
+            with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": self.phase, **entry}) + "\n")
+
+    def write(self, name, content):
+        """Write tensors, numbers and the like to the file checkpoint/NAME.pt, which holds what it
+        held before until all is there."""
+        path = self.folder / f"{name}.pt"
         try:
-            self.folder.mkdir(exist_ok=True)
-            torch.save(content, temporary)
-            name = f"{stem}.{self.digest(temporary)}.pt"
-            os.replace(temporary, self.folder / name)
-        except (OSError, RuntimeError) as error:  # the second is torch's
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", "the disk may be full")
-            raise OSError(f"{self.folder}: {stem} could not be written ({reason}); what was saved "
+            with replacing(path) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError):  # the second is torch's
+            raise OSError(f"{path} could not be written: the disk may be full; what was saved "
                           "before is kept") from None
-        return name
 
-    def load(self, name, mmap):
-        return torch.load(self.folder / name, map_location="cpu", mmap=mmap, weights_only=True)
+    def store(self, name, tensor):
+        """Write a tensor that will not change."""
+        if rank() == 0:
+            self.write(name, tensor.cpu())
+        wait_for_all()
 
-    def read(self, name, mmap=False):
-        """What was written under this name; None if it is not whole, or of another run."""
-        try:
-            if self.digest(self.folder / name) == name.split(".")[1]:
-                return self.load(name, mmap)
-        except OSError:
-            pass
-        print(f"{self.folder / name} is damaged, missing or of another run: not used")
-        return None
-
-    def keep(self, stem, tensor):
-        """Write a tensor that will not change; returns it, memory-mapped."""
-        name = [self.write(stem, tensor) if rank() == 0 else None]
-        if processes() > 1:
-            distributed.broadcast_object_list(name)
-        self.facts["kept"][stem] = name[0]
-        return self.load(name[0], mmap=True)  # just written: it need not be summed again
+    def stored(self, name):
+        """The tensor that was stored under this name, memory-mapped."""
+        return torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
 
     def due(self):
-        return time.monotonic() - self.last_time >= self.interval
+        return time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
 
-    def states(self):
-        """Names of the saved states, the newest first."""
-        return sorted((path.name for path in self.folder.glob("state-*.pt")), reverse=True)
-
-    def save(self, training=None):
-        """The facts, and the state of the training that they are about."""
-        self.tick(self.facts["phase"])
+    def save(self, model, optimizer):
+        """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
+        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch}")
+        self.enter(self.phase)
         if rank() == 0:
-            before = self.states()
-            number = int(before[0].split(".")[0].removeprefix("state-")) + 1 if before else 0
-            saved = self.write(f"state-{number:06}", {"facts": self.facts, "training": training,
-                                                      "log_size": self.log_path.stat().st_size})
-            for name in before:
-                if name != self.last_state:
-                    (self.folder / name).unlink()
-            self.last_state = saved
-        self.last_time = time.monotonic()
+            position = dataclasses.asdict(self)
+            del position["args"]
+            self.write("state", {
+                "run": position, "log_size": (self.args.out / "log.jsonl").stat().st_size,
+                "layer_sizes": model.config.layer_sizes, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict()})
+        self.last_save = time.monotonic()
 
-    def newest(self):
-        """(training, {stem: tensor} of what is kept, bytes of the log) of the newest state that is
-        whole, whose facts are taken over; (None, {}, None) if there is none."""
-        for name in self.states():
-            state = self.read(name)
-            if state is None:
-                continue
-            kept = {stem: self.read(file, mmap=True)
-                    for stem, file in state["facts"]["kept"].items()}
-            if (all(tensor is not None for tensor in kept.values())
-                    and state["log_size"] <= self.log_path.stat().st_size):
-                self.last_state = name
-                self.facts = state["facts"]
-                return state["training"], kept, state["log_size"]
-        return None, {}, None
+    def resume(self):
+        """The saved state, whose position in the run is taken over; None if there is none.
+        ValueError if it is damaged, or that of other training rows."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True)
+        except Exception:  # torch raises half a dozen types here
+            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+        if state["run"]["train_sha256"] != self.train_sha256:
+            raise ValueError(f"{self.args.out} was begun with other training rows: choose another "
+                             "--out")
+        vars(self).update(state["run"])
+        return state
+
+
+def start_folder(args, state):
+    """Make the run folder and its config.json, or cut the log to what it was when `state` was
+    saved."""
+    if rank() == 0:
+        (args.out / "checkpoint").mkdir(parents=True, exist_ok=True)
+        write_json(run_config(args), args.out / "config.json")
+        with open(args.out / "log.jsonl", "a") as file:
+            file.truncate(0 if state is None else state["log_size"])
+    wait_for_all()
 
 
 def run_config(args):
     """The flags that decide what comes out, as JSON; paths are relative to this file."""
-    others = ("out", "compare", "probe", "checkpoint_minutes")
-    config = {key: str(value) if isinstance(value, (Path, torch.dtype)) else value
-              for key, value in vars(args).items() if key not in others}
-    for key in ("model", "teacher", "data_dir"):
-        if config[key] and Path(config[key]).exists():  # else: a name
-            config[key] = os.path.relpath(config[key], HERE)
+    config = {}
+    for name, value in vars(args).items():
+        if name in ("model", "teacher", "data_dir") and value and Path(value).exists():
+            value = os.path.relpath(value, HERE)  # else it is the name of a model
+        if name not in ("out", "device", "checkpoint_minutes"):
+            config[name] = value
     return config
 
 
-def located(name):
-    """The folder that a record calls `name`, or the name of a model to download."""
-    return HERE / name if (HERE / name).exists() else name
-
-
-def teacher_folder(run, config):
-    """Where the teacher of the run folder `run` lies, whose record has this `config`."""
-    return located(config["teacher"]) if config["teacher"] else run / "teacher"
+def finished_record(args):
+    """The record of the run that `args` ask for, if its folder holds it finished, else None.
+    ValueError if the folder is something else, or of a run with another configuration."""
+    path, config = args.out / "config.json", run_config(args)
+    if not path.exists():
+        if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()):
+            raise ValueError(f"{args.out} is no run folder: choose another --out")
+        return None
+    before = read_json(path)
+    # what is left to the program need not be the same: it was settled then
+    differing = [name for name, value in config.items() if value not in ("auto", before.get(name))]
+    if differing:
+        raise ValueError(f"{args.out} belongs to another run ({', '.join(differing)} differ): "
+                         "choose another --out or delete it")
+    if (args.out / "record.json").exists():
+        return read_json(args.out / "record.json")
+    return None
 
 
 def export(model, tokenizer, task, folder):
-    """Save `model` with its labels and tokenizer, ready for transformers; the weights last, so
-    that a folder that has them is whole."""
+    """Save `model` with its labels and tokenizer, ready for transformers."""
     words = TASKS[task].words
     model.config.id2label = dict(enumerate(words)) if words else None
     if rank() == 0:
@@ -1067,121 +900,178 @@ def export(model, tokenizer, task, folder):
     wait_for_all()
 
 
-def train_sha256(data):
-    """Of the token ids and labels."""
-    return hashlib.sha256(data.tokens.numpy().tobytes() + data.labels.numpy().tobytes()).hexdigest()
-
-
-def provenance(args, data, dev_sets, device):
-    """What a record says of the program, the machine and the data that it comes from."""
-    modules = ("bert_min.py", "data_glue.py", "cap_min.py")
-    source = b"".join((HERE / name).read_bytes() for name in modules)
-    return {"config": run_config(args), "seed": args.seed,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__,
-                         "machine": f"{platform.machine()}, {device.type}, "
-                                    f"{torch.get_num_threads()} threads, "
-                                    f"{processes()} processes"},
-            "source_sha256": hashlib.sha256(source).hexdigest(),
-            "train_sha256": train_sha256(data),
-            "examples": {"train": len(data), **{name: len(dev) for name, dev in dev_sets.items()}}}
-
-
-def write_record(args, data, dev_sets, results, seconds, device):
-    """record.json: all that a figure in a table must be able to show for itself."""
-    passes = {"teacher": teacher_epochs(args), "prune": pruning_epochs(args)}
-    write_json({**provenance(args, data, dev_sets, device), **results,
-                "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
-                "examples_per_second": {phase: round(len(data) * epochs / seconds[phase], 1)
-                                        for phase, epochs in passes.items() if seconds[phase]},
-                "peak_memory_bytes": peak_memory(device)}, args.out / "record.json")
-
-
-def write_json(record, path):
-    """A record that is there is whole. Process 0 alone writes it."""
-    if rank() == 0:
-        with replacing(path) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
+def make_record(run, model, data, dev_sets):
+    """What a figure in a table must be able to show for itself. model: the exported one."""
+    args, device = run.args, model.classifier.weight.device
+    examples = {"train": len(data)}
+    for split, dev in dev_sets.items():
+        examples[split] = len(dev)
+    pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
+    run.enter("other")
+    seconds = {phase: round(value, 1) for phase, value in run.seconds.items()}
+    speeds = {"prune": round(len(data) * pruning_epochs(args) / run.seconds["prune"], 1)}
+    if args.teacher is None:
+        speeds["teacher"] = round(len(data) * teacher_epochs(args) / run.seconds["teacher"], 1)
+    source = b"".join((HERE / name).read_bytes()
+                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
+    machine = (f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads, "
+               f"{processes()} processes")
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "machine": machine}
+    return {"config": run_config(args), "seed": args.seed, "versions": versions,
+            "source_sha256": hashlib.sha256(source).hexdigest(), "train_sha256": run.train_sha256,
+            "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
+            "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+            "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
 
 def draw_curve(folder, dense):
-    """curve.svg of the pruning phase: share of weights kept, and dev score after each epoch."""
-    entries = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    pruning = [entry for entry in entries if entry.get("phase") == "prune"]
-    last, (metric, level) = pruning[-1]["step"], next(iter(dense.items()))
-    curves = (("kept", "#777777", [(entry["step"], entry["kept"]) for entry in pruning]),
-              (f"dev {metric}", "#1f77b4", [(entry["step"], entry["dev"][metric])
-                                            for entry in pruning if "dev" in entry]),
-              (f"dense {level:.3f}", "#d62728", [(0, level), (last, level)]))
+    """curve.svg of the pruning phase: density, and dev score after each epoch."""
+    metric, level = next(iter(dense.items()))
+    densities, scores = [], []
+    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["phase"] == "prune":
+            last = entry["step"]
+            densities.append((last, entry["kept"]))
+            if "dev" in entry:
+                scores.append((last, entry["dev"][metric]))
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
              '<rect width="600" height="300" fill="white"/>',
              '<path d="M60,40 V260 H560" fill="none" stroke="#777777"/>',
              '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
              f'<text x="480" y="280">step {last}</text>']
-    for place, (name, color, values) in enumerate(curves):
-        points = " ".join(f"{60 + 500 * x / last:.1f},{260 - 220 * max(0, y):.1f}"
-                          for x, y in values)  # Matthews' and Pearson's can be below 0
-        lines += [f'<polyline fill="none" stroke-width="2" stroke="{color}" points="{points}"/>',
-                  f'<text x="{60 + 170 * place}" y="24" fill="{color}">{name}</text>']
+    for x, name, color, curve in ((60, "kept", "#777777", densities),
+                                  (230, f"dev {metric}", "#1f77b4", scores),
+                                  (400, f"dense {level:.3f}", "#d62728", [(0, level), (last, level)])):
+        points = ""
+        for step, y in curve:  # Matthews' and Pearson's can be below 0
+            points += f" {60 + 500 * step / last:.1f},{260 - 220 * max(0, y):.1f}"
+        lines.append(f'<polyline fill="none" stroke-width="2" stroke="{color}" points="{points}"/>')
+        lines.append(f'<text x="{x}" y="24" fill="{color}">{name}</text>')
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
 def print_summary(args, record):
     """The end of a run: the scores of both models, how many weights they have, where it lies."""
-    notes = {"accuracy": "(animals seen in fine-tuning)",
-             "accuracy_unseen": "(animals known only from pre-training)"}
-    path = args.out / "model" / "model.safetensors"
-    print("\n     dense    pruned")
+    say("\n     dense    pruned")
     for name, pruned in record["pruned"].items():
-        print(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}",
-              notes.get(name, "") if args.task == "demo" else "")
-    print(f"{record['sparsity']['weights']:10,}{record['sparsity']['kept']:10,}  weights in the "
-          f"encoder\n"
-          f"pruned model, {'' if args.method == 'structured' else 'for transformers too: '}"
-          f"{path.parent}, {path.stat().st_size / 1e6:.1f} MB, took "
-          f"{timedelta(seconds=int(record['seconds']['total']))}")
+        say(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}")
+    if args.task == "demo":
+        say("(accuracy_unseen: of animals that only the pre-training told of)")
+    sparsity = record["sparsity"]
+    say(f"{sparsity['weights']:10,}{sparsity['kept']:10,}  weights in the encoder")
+    say(f"pruned model: {args.out / 'model'}, took "
+        f"{timedelta(seconds=int(record['seconds']['total']))}")
+
+
+# ----------------------------------------------------------------- several processes
+
+
+def processes():
+    """How many processes torchrun started for this run: 1 without it."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0. Process 0 alone writes files and prints."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def say(*words, end="\n"):
+    if rank() == 0:
+        print(*words, end=end, flush=True)
+
+
+def wait_for_all():
+    if processes() > 1:
+        distributed.barrier()
+
+
+def summed(tensor):
+    """Sum of `tensor` over all processes, in place."""
+    if processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def own_part(batch):
+    """The examples of a batch that are this process's: every n-th of n processes."""
+    return {name: tensor[rank()::processes()] for name, tensor in batch.items()}
+
+
+def gather(rows, size):
+    """From the rows (b, D) of each process's part to those of the whole batch (B, D).
+
+    Every process computes the loss of the whole batch, but its gradient reaches only its own rows:
+    summed over processes it is the gradient that one process would have."""
+    count = processes()
+    if count == 1:
+        return rows
+    whole = rows.new_zeros(size, rows.size(1))
+    whole[rank()::count] = rows.detach()
+    whole = summed(whole)
+    rows.register_hook(lambda gradient: count * gradient)  # DistributedDataParallel divides by it
+    whole[rank()::count] = rows
+    return whole
+
+
+def join_processes():
+    """Under torchrun: one process of a group (gloo, or nccl where there are GPUs)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
 
 
 # ---------------------------------------------------------------------- command line
 
-DEMO = {"model": HERE / "demo" / "model", "epochs": 6, "batch_size": 32, "lr": 1e-3,
+DEMO = {"model": str(HERE / "demo" / "model"), "epochs": 6, "batch_size": 32, "lr": 1e-3,
         "max_length": 32}
 STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3,
-              "w_sup": 3.0}
+              "w_sup": 3.0, "kd_temperature": 1.0}
 
 
-def number(kind, low, below=math.inf):
-    """An argparse type: a number of `kind` with low <= number < below."""
+def count(text):
+    """A type of argparse, as are the next three: it is refused with their name."""
+    if not 1 <= int(text) < 2 ** 31:
+        raise ValueError
+    return int(text)
 
-    def convert(text):
-        if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
-        return kind(text)
 
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number
-    return convert
+def fraction(text):
+    if not 0 <= float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
+def weight(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+def rate(text):
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def add_flags(parser):
     """All flags, in groups; their defaults are the published recipe for BERT-base."""
-    count, share = number(int, 1, 2 ** 31), number(float, 0, 1)
-    weight, rate = number(float, 0), number(float, 1e-12)
     add = parser.add_argument_group("what").add_argument
     add("--task", default="demo", choices=TASKS, help="GLUE task, snli, or the small world of "
-        "demo/, which has a model and defaults of its own: " +
-        ", ".join(f"{name} {value}" for name, value in DEMO.items()))
-    add("--sparsity", type=share, default=0.97, help="share of encoder weights to prune")
+        "demo/, which has a model and defaults of its own")
+    add("--sparsity", type=fraction, default=0.97, help="fraction of encoder weights to prune")
     add("--method", choices=("movement", "soft", "magnitude", "structured"), default="movement",
         help="what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
         "threshold (CAP-soft), or the weights' size; structured: the importance of heads and "
-        "neurons, removed in stages of 10 %% (CAP-f), with defaults of its own: " +
-        ", ".join(f"{name} {value}" for name, value in STRUCTURED.items()))
+        "neurons, removed in stages of 10 %% (CAP-f), with defaults of its own")
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
     add("--data-dir", help="folder with the task's folder; None: downloaded (the demo has its own)")
     add("--out", type=Path, help="run folder; None: "
-        "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED or runs/TASK-SPARSITY-compare")
-    add("--seed", type=number(int, 0, 2 ** 32), default=0, help="of everything random")
+        "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED")
+    add("--seed", type=int, default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=10,
         help="of pruning, structured: of each stage; the teacher has at most 3")
@@ -1190,8 +1080,8 @@ def add_flags(parser):
     add("--mask-lr", type=rate, default=1e-2, help="peak learning rate of scores")
     add("--max-length", type=count, default=128, help="tokens an example, at most")
     add("--max-train", type=count, help="training rows, drawn by a fixed seed; None: all")
-    add("--warmup", type=share, default=0.09,
-        help="of the learning rate, as a share of the run; dense for 2x, final sparsity for 3x")
+    add("--warmup", type=fraction, default=0.09,
+        help="of the learning rate, as a fraction of the run; dense for 2x, final sparsity for 3x")
     add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
         help="auto: zero, as published, from 30,000 steps on, magnitude below")
     add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
@@ -1200,6 +1090,7 @@ def add_flags(parser):
     add("--w-sup", type=weight, default=10.0, help="weight of the supervised terms")
     add("--w-ce", type=weight, default=0.1, help="weight of the cross-entropy")
     add("--w-kd", type=weight, default=0.9, help="weight of the distillation")
+    add("--kd-temperature", type=rate, default=2.0, help="T of the distillation, eq. (8)")
     add("--extra", type=count, default=4096, help="candidates beside the batch")
     add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
     add("--penalty", type=weight, default=680.0, help="lambda_f of eq. (8), of CAP-soft")
@@ -1210,113 +1101,61 @@ def add_flags(parser):
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
     add("--checkpoint-minutes", type=weight, default=10.0,
         help="between two saves of the state from which the same command goes on after a stop")
-    add = parser.add_argument_group("modes").add_argument
-    add("--compare", type=count, nargs="?", const=1, metavar="SEEDS",
-        help="instead of one run: CAP, CAP without a term, and plain pruning, for so many seeds")
-    add("--probe", type=Path, metavar="RUN", help="train a linear classifier for --task on the "
-        "frozen encoders of this finished run: pruned, fine-tuned and pre-trained")
 
 
 def parse(argv):
-    """The command line as a namespace; ValueError, not argparse's many lines, if it is wrong."""
+    """The command line as a namespace."""
     parser = argparse.ArgumentParser(
-        prog="cap_min.py", description="Prune BERT with contrastive terms (arXiv 2112.07198).",
+        prog="cap_min.py", usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
+        description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    def fail(message):
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = fail
     add_flags(parser)
+    # a method and the demo have defaults of their own, which hold for what is not given
     args = parser.parse_args(argv)
     if args.method == "structured":
         parser.set_defaults(**STRUCTURED)
     if args.task == "demo":
         parser.set_defaults(**DEMO)
-    if args.method == "structured" and args.task == "demo":
+    if args.method == "structured":
         parser.set_defaults(epochs=STRUCTURED["epochs"])
     args = parser.parse_args(argv)
-    args.kd_temperature = 1.0 if args.method == "structured" else 2.0
     args.without = sorted(set(args.without))
     if args.out is None:
-        parts = [args.task, f"{args.sparsity:g}", args.method.replace("movement", ""),
-                 *(f"no-{name}" for name in args.without),
-                 "compare" if args.compare else f"seed{args.seed}"]
-        args.out = Path("runs", "-".join(filter(None, parts)))
+        parts = [args.task, f"{args.sparsity:g}"]
+        if args.method != "movement":
+            parts.append(args.method)
+        parts += [f"no-{name}" for name in args.without]
+        args.out = Path("runs", "-".join([*parts, f"seed{args.seed}"]))
     return args
 
 
 def choose_device(args):
-    """The device; args.compute_dtype is set too. ValueError if the machine does not have it."""
+    """The device; settles --dtype. ValueError if the machine does not have it."""
     name = args.device
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if processes() > 1 and name not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name} cannot be used by several processes: cuda or cpu can")
-    if processes() > 1 and name == "cuda":
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
+    if name == "cuda" and processes() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("it is none of cuda, mps and cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason})") from None
-    has_bf16 = (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() or
-                device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
-    use_bf16 = args.dtype == "bf16" or (args.dtype == "auto" and has_bf16)
-    args.compute_dtype = torch.bfloat16 if use_bf16 else torch.float32
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if has_bf16 else "fp32"
     return device
 
 
-def load_data(args, tokenizer, config):
-    """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
-    if tokenizer.size > config.vocab_size:
-        raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
-                         f"{config.vocab_size}")
-    if not 4 <= args.max_length <= config.max_position_embeddings:
-        raise ValueError(f"--max-length {args.max_length} is not between 4 and the model's "
-                         f"{config.max_position_embeddings} positions")
-    if TASKS[args.task].text_b is not None and config.type_vocab_size < 2:
-        raise ValueError(f"{args.model} knows one segment only, {args.task} is a task of pairs")
-    with process_0_first():
-        splits = {split: load(args.task, split, args.data_dir) for split in TASKS[args.task].files}
-        rows = splits["train"]
-        if args.max_train and args.max_train < len(rows):
-            chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
-            splits["train"] = [rows[i] for i in chosen]
-        data = {split: encode_task(examples, tokenizer, args.max_length)
-                for split, examples in splits.items()}
-    return data.pop("train"), data
-
-
-def load_fine_tuned(folder, task, config):
-    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order (those
-    that have no names, LABEL_0 and so on, are trusted), and its sizes those of `config`."""
-    model = from_pretrained(folder, num_labels=None)
-    words, labels = TASKS[task].words, model.config.id2label or {}
-    named = [str(labels[i]).lower() for i in sorted(labels)]
-    if model.config.num_labels != max(1, len(words)) or (
-            words and named and not named[0].startswith("label_") and named != words):
-        raise ValueError(f"{folder}: its labels are {named or model.config.num_labels}, those of "
-                         f"{task} are {words or 'one number'}")
-    for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
-        found, wanted = getattr(model.config, name), getattr(config, name)
-        if found != wanted:
-            raise ValueError(f"{folder}: its {name} is {found}, that of --model is {wanted}")
-    return model
-
-
-def check_schedule(args, size):
-    """ValueError unless `size` examples give the schedule room, and a full batch every process an
-    example; settles --score-init auto."""
-    if args.batch_size < processes():
-        raise ValueError(f"--batch-size {args.batch_size} is less than {processes()} processes")
-    if args.method == "structured":
-        args.score_init = None  # there are neither scores nor a schedule of densities
+def settle_schedule(args, size):
+    """Settles --score-init. ValueError unless `size` examples give the schedule room."""
+    if args.method == "structured":  # there are neither scores nor a schedule of densities
+        args.score_init = "none"
         return
     total = args.epochs * math.ceil(size / args.batch_size)
     warmup = warmup_steps(args, total)
@@ -1324,9 +1163,45 @@ def check_schedule(args, size):
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
                          " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
     if args.method == "magnitude":
-        args.score_init = None
+        args.score_init = "none"
     elif args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
+
+
+def load_data(args, tokenizer, config):
+    """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
+                         f"{config.vocab_size}")
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(f"--max-length {args.max_length} is more than the model's "
+                         f"{config.max_position_embeddings} positions")
+    encoded = {}
+    for split in TASKS[args.task].files:
+        rows = load(args.task, split, args.data_dir)
+        if split == "train" and args.max_train and args.max_train < len(rows):
+            chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
+            rows = [rows[i] for i in chosen]
+        encoded[split] = encode_task(rows, tokenizer, args.max_length)
+    return encoded.pop("train"), encoded
+
+
+def load_fine_tuned(folder, task, config):
+    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order (those
+    that have no names, LABEL_0 and so on, are trusted), and its sizes those of `config`."""
+    model = from_pretrained(folder, num_labels=None)
+    words, labels = TASKS[task].words, model.config.id2label or {}
+    found = [labels[i].lower() for i in sorted(labels)]
+    if found and found[0].startswith("label_"):
+        found = words
+    if model.config.num_labels != max(1, len(words)) or found not in (words, []):
+        raise ValueError(f"{folder}: its labels are {found or model.config.num_labels}, those of "
+                         f"{task} are {words or 'one number'}")
+    for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
+                             f"--model is {getattr(config, name)}")
+    return model
 
 
 def tune_cpu():
@@ -1346,227 +1221,94 @@ def tune_cpu():
 
 
 def run(args):
-    """Make the run that `args` ask for, unless its folder holds it finished; returns its record."""
-    device, config = choose_device(args), run_config(args)
-    finished = is_finished(args.out, config)
-    wait_for_all()  # all have looked before one writes
-    if finished:
-        print(f"{args.out} is finished:")
-    else:
-        make_run(args, device, config)
-        wait_for_all()
-    shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # nothing of it is needed any more
-    path = args.out / "record.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    """Make the run that `args` ask for, or go on with it, unless its folder holds it finished;
+    returns its record."""
+    # the input: all of it is looked at before anything is written
+    record = finished_record(args)
+    wait_for_all()  # all have looked
+    if record is not None:
+        say(f"{args.out} is finished:")
         print_summary(args, record)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged: delete the folder") from None
-    return record
-
-
-def make_run(args, device, config):
-    """Teacher, banks, pruning, export, evaluation of the exported folder, record: from the start,
-    or from where an earlier sitting was stopped."""
-    checkpoints = Checkpoints(args.out, config, args.checkpoint_minutes)
-    with process_0_first():
-        source = model_folder(args.model)
+        return record
+    device = choose_device(args)
+    source = model_folder(args.model)
     tokenizer = load_tokenizer(source)
     torch.manual_seed(args.seed)  # of the new classifier
     model = from_pretrained(source, max(1, len(TASKS[args.task].words))).to(device)
-    teacher = load_fine_tuned(args.teacher, args.task, model.config) if args.teacher else None
-    data, dev_sets = load_data(args, tokenizer, model.config)
-    check_schedule(args, len(data))
-    state, kept, log_size = checkpoints.newest()
-    rows = train_sha256(data)
-    if checkpoints.facts.setdefault("train_sha256", rows) != rows:
-        raise ValueError(f"{args.out} was begun with other training rows: choose another --out")
-    log = start_log(args.out, config, log_size)  # the input is sound: now something may be written
-    start_of_scores = f", scores from {args.score_init}" if args.score_init else ""
-    print(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on "
-          f"{device}, {args.compute_dtype}, {args.method}{start_of_scores}, run folder {args.out}",
-          flush=True)
+    config, teacher = model.config, None
+    if args.teacher is not None:
+        teacher = load_fine_tuned(args.teacher, args.task, config).to(device)
+    data, dev_sets = load_data(args, tokenizer, config)
+    settle_schedule(args, len(data))
+    run = Run(args, data.sha256())
+    state = run.resume()
+    start_folder(args, state)
+    say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
+        f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
+    if state is not None:
+        say(f"goes on in epoch {run.epoch + 1} of {'the teacher' if run.stage < 0 else 'pruning'}")
 
-    if log_size is not None:
-        print(f"goes on where it was: {checkpoints.facts['phase']}" + (
-            f", epoch {state['epoch'] + 1} after {state['batches']} batches" if state else ""),
-            flush=True)
-    if kept:
-        banks = new_banks(args, data, model, checkpoints)
-        banks.restore(kept)
-        teacher_logits = kept["logits"].to(device)
-    else:
-        checkpoints.tick()
-        teacher = teacher or fine_tune(args, data, model, tokenizer, log, checkpoints, state)
-        dense = evaluate(teacher.to(device), args, dev_sets)
-        print(f"dense, dev: {show_scores(dense)}", flush=True)
-        checkpoints.tick()
-        banks, teacher_logits = first_banks(args, data, model, teacher, checkpoints)
-        checkpoints.keep("logits", teacher_logits)
-        checkpoints.facts.update(phase="banks", dense=dense)
-        checkpoints.save()
+    # the teacher, a copy of the model, and what both make of the training set
+    if run.stage == TEACHER:
+        if teacher is None:
+            run.enter("teacher")
+            teacher = copy.deepcopy(model)
+            train(run, teacher, data, state=state)
+            export(teacher, tokenizer, args.task, args.out / "teacher")
+        run.enter("other")
+        run.dense = evaluate(teacher, args.task, dev_sets)
+        say(f"dense, dev: {show_scores(run.dense)}")
+        run.enter("banks")
+        store_ancestors(run, data, model, teacher)
+        run.stage, run.epoch, run.batch, state = 0, 0, 0, None
+    del teacher  # all that is needed of it is stored
+    ancestors = load_ancestors(run, data, device)
+
+    # pruning, in one stage or, of heads and neurons, in several
+    run.enter("prune")
+    some_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
+    structured = args.method == "structured"
+    if not structured:
+        add_masks(model, args.score_init)
+    elif state is not None:
+        model = of_sizes(model, state["layer_sizes"])  # as it was saved
+    for run.stage in range(run.stage, len(stages(args))):
+        if structured and state is None:
+            model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
+        train(run, model, data, ancestors, some_dev, state)
         state = None
-    del teacher  # all that is needed of it is kept
-    checkpoints.tick()
-    model, over = prune(args, data, dev_sets, model, banks, teacher_logits, log, checkpoints, state)
-    finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device)
-
-
-def fine_tune(args, data, model, tokenizer, log, checkpoints, state):
-    """The teacher: a copy of `model`, fine-tuned, by way of its folder in the run folder."""
-    folder = args.out / "teacher"
-    if state or not (folder / "model.safetensors").exists():
-        teacher = copy.deepcopy(model)
-        train_teacher(args, data, teacher, log, checkpoints, state)
-        checkpoints.tick("teacher")
-        export(teacher, tokenizer, args.task, folder)
-    return load_fine_tuned(folder, args.task, model.config)
-
-
-def finish(args, data, dev_sets, model, over, tokenizer, checkpoints, device):
-    """Export, evaluation of the exported folder, curve and record of the run."""
-    checkpoints.tick("prune")
+    if not structured:
+        apply_masks(model)
     export(model, tokenizer, args.task, args.out / "model")
-    model = load_fine_tuned(args.out / "model", args.task, model.config).to(device)
-    facts, pruned = checkpoints.facts, evaluate(model, args, dev_sets)
-    sparsity = sparsity_report(model)
-    left = 1 - sparsity["total"]
-    density = {"before_cut": left if over is None else over, "after_cut": left}
-    checkpoints.tick()
+
+    # the record, of the exported folder
+    run.enter("other")
+    model = load_fine_tuned(args.out / "model", args.task, config).to(device)
+    record = make_record(run, model, data, dev_sets)
     if rank() == 0:
-        draw_curve(args.out, facts["dense"])
-        write_record(args, data, dev_sets, {"dense": facts["dense"], "pruned": pruned,
-                                            "sparsity": sparsity, "density": density},
-                     facts["seconds"], device)
-
-
-COMPARED = {  # run: (method, terms left out)
-    "magnitude": ("magnitude", ["fic", "kd", "prc", "snc"]),
-    "movement": ("movement", ["fic", "kd", "prc", "snc"]),
-    "movement-kd": ("movement", ["fic", "prc", "snc"]),
-    "cap": ("movement", []),
-    "cap-no-prc": ("movement", ["prc"]),
-    "cap-no-snc": ("movement", ["snc"]),
-    "cap-no-fic": ("movement", ["fic"]),
-}
-
-
-def compare(args):
-    """Every run of COMPARED with args.compare seeds, on equal data and budget, and of each seed
-    with one teacher, which is the row "dense"; ValueError if --method or --without is given. The
-    mean scores are printed and written to compare.md in the run folder."""
-    if args.without or args.method != "movement":
-        raise ValueError("--compare sets --method and --without itself")
-    scores = {"dense": []}
-    for seed in range(args.seed, args.seed + args.compare):
-        teacher = args.teacher
-        for name, (method, without) in COMPARED.items():
-            print(f"\n{name}, seed {seed}")
-            options = {"compare": None, "seed": seed, "teacher": teacher, "method": method,
-                       "without": without, "out": args.out / f"{name}-seed{seed}"}
-            record = run(argparse.Namespace(**vars(args) | options))
-            scores.setdefault(name, []).append(record["pruned"])
-            teacher = teacher or str(options["out"] / "teacher")
-        scores["dense"].append(record["dense"])
-    metrics = list(record["dense"])
-    lines = [f"| {args.task}, {100 * args.sparsity:g} % pruned, seeds: {args.compare} | "
-             f"{' | '.join(metrics)} |", "|---" * (1 + len(metrics)) + "|"]
-    for name, runs in scores.items():
-        cells = (spread([100 * found[metric] for found in runs]) for metric in metrics)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    if rank() == 0:
-        (args.out / "compare.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("", *lines, f"see {args.out}", sep="\n")
-
-
-def spread(values):
-    """Mean, with the standard deviation where there are several values."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
-def probe(args):
-    """How much the encoders of the finished run args.probe still know: the scores on args.task of
-    a linear classifier on their frozen pooled vectors, in RUN/probe_TASK.json and printed."""
-    if args.compare:
-        raise ValueError("--probe and --compare are two modes: choose one")
-    try:
-        record = json.loads((args.probe / "record.json").read_text(encoding="utf-8"))
-        config = record["config"]
-        folders = {"pruned": args.probe / "model", "dense": teacher_folder(args.probe, config),
-                   "pretrained": located(config["model"])}
-        args.max_length = config["max_length"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{args.probe} is no finished run with a record.json") from None
-    args.model, scores = args.probe / "model", {}
-    device, tokenizer = choose_device(args), load_tokenizer(args.model)
-    models = {name: from_pretrained(folder, max(1, len(TASKS[args.task].words)))
-              for name, folder in folders.items()}  # a missing one is told before the work
-    data, dev_sets = load_data(args, tokenizer, models["pruned"].config)
-    for name, model in models.items():
-        fit_classifier(model.to(device), data)
-        scores[name] = evaluate(model, args, dev_sets)
-        print(f"{name}, dev: {show_scores(scores[name])}", flush=True)
-    write_json({**provenance(args, data, dev_sets, device), "run": config, **scores},
-               args.probe / f"probe_{args.task}.json")
-
-
-def fit_classifier(model, data):
-    """Set the model's classifier to the one that minimises the task's loss, with a little L2, on
-    the frozen pooled vectors; it is found by L-BFGS from 0, so there is no chance in it."""
-    pooled, labels = encode(model, data), data.labels.to(model.classifier.weight.device)
-    for parameter in model.classifier.parameters():
-        nn.init.zeros_(parameter)
-    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=500,
-                                  line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = task_loss(model.classifier(pooled), labels)
-        value = value + 1e-4 * model.classifier.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
+        draw_curve(args.out, run.dense)
+        write_json(record, args.out / "record.json")
+        shutil.rmtree(run.folder)  # nothing of it is needed any more
+    wait_for_all()
+    print_summary(args, record)
+    return record
 
 
 def main(argv=None):
-    """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C or SIGTERM."""
+    """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     tune_cpu()
-    STOP.__init__()
-    if threading.current_thread() is threading.main_thread():  # others may not
-        signal.signal(signal.SIGINT, STOP)
-        signal.signal(signal.SIGTERM, STOP)
     try:
         args = parse(argv)
-        with contextlib.redirect_stdout(join_processes()):
-            if args.probe:
-                probe(args)
-            elif args.compare:
-                compare(args)
-            else:
-                run(args)
-                if args.task == "demo":
-                    print("next: python cap_min.py --compare    (7 such runs, one table)")
+        join_processes()
+        run(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        line = (str(error) or "out of memory").split("\n")[0]
-        line = "".join(char if char.isprintable() else "?" for char in line)
-        print("error:", line if len(line) < 500 else f"{line[:500]} ...", file=sys.stderr)
+        lines = (str(error) or "out of memory").splitlines()
+        print("error:", lines[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if rank() == 0:
-            print("\nstopped; the same command goes on from what a run saved (a probe begins anew)")
+        say("\nstopped; the same command goes on from what was saved last")
         return 130
     return 0
-
-
-def join_processes():
-    """Under torchrun: one process of a group on this machine (gloo, or nccl where there are GPUs).
-    Returns where this process may print: process 0 to the standard output, others nowhere."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
-    return sys.stdout if rank() == 0 else open(os.devnull, "w")
 
 
 if __name__ == "__main__":

@@ -11,29 +11,19 @@ Symbols in the shape comments
 """
 
 import array
-import contextlib
 import functools
 import hashlib
-import http.client
-import itertools
-import json
 import math
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-import time
 import unicodedata
-import urllib.request
 import zipfile
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from bert_min import cache_folder, download, read_json, replacing, write_json
 
 # ----------------------------------------------------------------------------- tasks
 
@@ -52,6 +42,7 @@ class Task:
     label: str | int
     labels: dict | None
     metrics: tuple = ("accuracy",)
+    archive: str | None = None  # of GLUE's server
     dev: tuple = (("dev", "dev.tsv"),)  # (split, file)
 
     @property
@@ -73,20 +64,24 @@ def numbered(*words):
 
 
 NLI = same("entailment", "neutral", "contradiction")
+ENTAILMENT = same("entailment", "not_entailment")
 TASKS = {
-    "cola": Task("CoLA", 3, None, 1, numbered("unacceptable", "acceptable"), ("matthews",)),
-    "sst2": Task("SST-2", "sentence", None, "label", numbered("negative", "positive")),
+    "cola": Task("CoLA", 3, None, 1, numbered("unacceptable", "acceptable"), ("matthews",),
+                 "CoLA.zip"),
+    "sst2": Task("SST-2", "sentence", None, "label", numbered("negative", "positive"),
+                 archive="SST-2.zip"),
     "mrpc": Task("MRPC", "#1 String", "#2 String", "Quality",
                  numbered("not_equivalent", "equivalent"), ("accuracy", "f1")),
     "qqp": Task("QQP", "question1", "question2", "is_duplicate",
-                numbered("not_duplicate", "duplicate"), ("accuracy", "f1")),
-    "stsb": Task("STS-B", "sentence1", "sentence2", "score", None, ("pearson", "spearman")),
-    "mnli": Task("MNLI", "sentence1", "sentence2", "gold_label", NLI,
+                numbered("not_duplicate", "duplicate"), ("accuracy", "f1"), "QQP-clean.zip"),
+    "stsb": Task("STS-B", "sentence1", "sentence2", "score", None, ("pearson", "spearman"),
+                 "STS-B.zip"),
+    "mnli": Task("MNLI", "sentence1", "sentence2", "gold_label", NLI, archive="MNLI.zip",
                  dev=(("dev", "dev_matched.tsv"), ("dev_mm", "dev_mismatched.tsv"))),
-    "qnli": Task("QNLI", "question", "sentence", "label", same("entailment", "not_entailment")),
-    "rte": Task("RTE", "sentence1", "sentence2", "label", same("entailment", "not_entailment")),
+    "qnli": Task("QNLI", "question", "sentence", "label", ENTAILMENT, archive="QNLIv2.zip"),
+    "rte": Task("RTE", "sentence1", "sentence2", "label", ENTAILMENT, archive="RTE.zip"),
     "wnli": Task("WNLI", "sentence1", "sentence2", "label",
-                 numbered("not_entailment", "entailment")),
+                 numbered("not_entailment", "entailment"), archive="WNLI.zip"),
     "snli": Task("snli", "sentence1", "sentence2", "gold_label", NLI),
     "demo": Task("demo", "premise", "hypothesis", "label", NLI,
                  dev=(("dev", "dev.tsv"), ("dev_unseen", "dev_unseen.tsv"))),
@@ -115,24 +110,28 @@ def load(task, split, data_dir=None):
 
 
 def read_examples(task, path):
+    """list[Example] of a file whose columns are named by `task`."""
     rows = read_rows(path)
     columns = [task.text_a, task.text_b, task.label]
-    if isinstance(task.label, str):  # a header names the columns
+    # a header names the columns, but in CoLA, which has none
+    if isinstance(task.label, str):
         number, header = next(rows, (1, []))
-        absent = [column for column in columns if column is not None and column not in header]
-        if absent:
-            raise ValueError(f"{path}, line {number}: no column {absent[0]!r}, only "
-                             f"{str(header):.300}")
-        columns = [column and header.index(column) for column in columns]
+        for i, column in enumerate(columns):
+            if column is not None and column not in header:
+                raise ValueError(f"{path}, line {number}: no column {column!r}, only "
+                                 f"{str(header):.300}")
+            columns[i] = column and header.index(column)
     text_a, text_b, label = columns
     examples = []
     for number, row in rows:
         if max(text_a, text_b or 0, label) >= len(row):
             raise ValueError(f"{path}, line {number}: only {len(row)} columns")
+        # SNLI's mark for "annotators did not agree"
         if row[label] == "-" and task.labels == NLI:
-            continue  # SNLI's mark for "annotators did not agree"
+            continue
         value = read_label(task, row[label], f"{path}, line {number}")
-        examples.append(Example(row[text_a], None if text_b is None else row[text_b], value))
+        second = None if text_b is None else row[text_b]
+        examples.append(Example(row[text_a], second, value))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
@@ -150,10 +149,12 @@ def read_rows(path):
                 yield number, text.split("\t")
 
 
-def read_label(task, written, place):
+def read_label(task, written, where):
+    """A label's position in the task's labels, or the value of a regression. ValueError that says
+    where it stands, if it is none."""
     if task.labels is not None:
         if written not in task.labels:
-            raise ValueError(f"{place}: label {written[:50]!r}, not one of "
+            raise ValueError(f"{where}: label {written[:50]!r}, not one of "
                              f"{', '.join(task.labels)}")
         return list(task.labels).index(written)
     try:
@@ -161,7 +162,7 @@ def read_label(task, written, place):
     except ValueError:
         value = math.nan
     if not 0 <= value <= 5:  # STS-B's scale
-        raise ValueError(f"{place}: {written[:50]!r} is not a number from 0 to 5")
+        raise ValueError(f"{where}: {written[:50]!r} is not a number from 0 to 5")
     return value
 
 
@@ -169,123 +170,56 @@ def read_label(task, written, place):
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-ARCHIVES = {task: (name, int(size), sha256) for task, name, size, sha256 in map(str.split, """
-cola CoLA.zip 376971 f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff
-sst2 SST-2.zip 7439277 d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa
-qqp QQP-clean.zip 41696084 40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0
-stsb STS-B.zip 802872 e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85
-mnli MNLI.zip 312783507 e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633
-qnli QNLIv2.zip 10627589 e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5
-rte RTE.zip 697150 6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee
-wnli WNLI.zip 28999 ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46
-""".strip().split("\n"))}
-MRPC_TRAIN = ("msr_paraphrase_train.txt", 1047044,
-              "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89")
-MRPC_DEV_IDS = ("mrpc_dev_ids.tsv", 6222,
-                "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")
-
-
-def cache_folder():
-    return Path(os.environ.get("CAP_CACHE", "~/.cache/cap")).expanduser()
+SHA256 = {  # of the files there
+    "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
+    "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
+    "QQP-clean.zip": "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0",
+    "STS-B.zip": "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85",
+    "MNLI.zip": "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633",
+    "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
+    "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
+    "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
+    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+}
 
 
 def fetch_glue(task, name):
     """Path of GLUE's own file `name` in the cache, downloaded and unpacked on first use."""
     cache = cache_folder() / "glue"
-    target = cache / TASKS[task].folder / name
-
-    def fetch(url, file, size, sha256):
-        return download(f"{url}/{file}", cache / file, size, sha256)
-
-    if target.exists():
-        return target
+    path = cache / TASKS[task].folder / name
+    if path.exists():
+        return path
     if task == "mrpc":
-        text = split_mrpc(fetch(SENTEVAL_URL, *MRPC_TRAIN), fetch(GLUE_URL, *MRPC_DEV_IDS), name)
-    elif task in ARCHIVES:
-        with zipfile.ZipFile(fetch(GLUE_URL, *ARCHIVES[task])) as archive:
-            text = archive.read(f"{TASKS[task].folder}/{name}")
+        corpus, dev_ids = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"
+        text = split_mrpc(
+            download(f"{SENTEVAL_URL}/{corpus}", cache / corpus, SHA256[corpus]),
+            download(f"{GLUE_URL}/{dev_ids}", cache / dev_ids, SHA256[dev_ids]), name)
+    elif TASKS[task].archive is not None:
+        archive = TASKS[task].archive
+        with zipfile.ZipFile(download(f"{GLUE_URL}/{archive}", cache / archive,
+                                      SHA256[archive])) as unpacked:
+            text = unpacked.read(f"{TASKS[task].folder}/{name}")
     else:
-        raise FileNotFoundError(f"{target}: {task} is not downloaded; put the file there by hand "
+        raise FileNotFoundError(f"{path}: {task} is not downloaded; put the file there by hand "
                                 "or pass --data-dir")
-    write_file(target, text)
-    return target
-
-
-def write_file(path, data):
-    """Write the bytes beside `path`, then rename: whoever reads it finds all of them or no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-SCHEME = "https://"  # nothing else is asked, and no redirect to anything else is read
-PAUSES = (1, 4)  # seconds before the second and the third try
-TIMEOUT = 30  # seconds without a byte
-
-
-def download(address, target, size, sha256):
-    """The path `target`, with the file of `address` in it; one that is there is only checked.
-
-    OSError, with what to do, after three tries; ValueError if the file that is there is another.
-    bert_min.py and data_glue.py both have this function, so that each can be taken alone."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for pause in (*PAUSES, None):
-        if target.exists():  # it was there, or another process was faster
-            break
-        try:
-            receive(address, temporary, size, sha256)
-            os.replace(temporary, target)
-        except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())
-            if pause is None:
-                raise OSError(f"{address} could not be downloaded ({reason}); without a network, "
-                              f"put the file at {target} by hand or pass --model or --data-dir"
-                              ) from None
-            print(f"\n{reason}: next try in {pause} s", flush=True)
-            time.sleep(pause)
-        finally:
-            temporary.unlink(missing_ok=True)
-    with open(target, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{target} is not the file of {address}: delete it")
-    return target
-
-
-def receive(address, path, size, sha256):
-    """Write the file of `address` to `path`. OSError unless it has `size` bytes of that SHA-256."""
-    print(f"downloading {address} ({size / 1e6:.1f} MB)", flush=True)
-    digest, done, start = hashlib.sha256(), 0, time.perf_counter()
-    if not address.startswith(SCHEME):
-        raise OSError(f"it does not start with {SCHEME}")
-    request = urllib.request.Request(address, headers={"User-Agent": "cap_min"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(path, "wb") as file:
-        if not response.url.startswith(SCHEME):
-            raise OSError(f"it redirects to {response.url}")
-        while done <= size and (part := response.read(1 << 18)):
-            digest.update(part)
-            done += file.write(part)
-            rate = done / (time.perf_counter() - start)  # bytes per second
-            if sys.stdout.isatty():
-                print(f"\r{done / size:4.0%}, {rate / 1e6:.1f} MB/s, eta "
-                      f"{max(0, size - done) / rate:.0f} s   ", end="", flush=True)
-    if sys.stdout.isatty():
-        print()
-    if (done, digest.hexdigest()) != (size, sha256):
-        raise OSError(f"{done} bytes of {size}, SHA-256 {digest.hexdigest()[:8]}...: another file")
+    with replacing(path) as file:
+        file.write(text)
+    return path
 
 
 def split_mrpc(corpus, dev_ids, name):
-    """GLUE's dev set is the pairs of the corpus' training file that `dev_ids` lists."""
-    chosen = {tuple(line.split("\t")) for line in dev_ids.read_text().splitlines()}
+    """The bytes of MRPC's train.tsv or dev.tsv: GLUE's dev set is the pairs of the corpus' training
+    file that `dev_ids` lists."""
+    dev = {tuple(line.split("\t")) for line in dev_ids.read_text().splitlines()}
     header, *rows = corpus.read_bytes().splitlines(keepends=True)
-    wanted = [row for row in rows
-              if (tuple(row.decode().split("\t")[1:3]) in chosen) == (name == "dev.tsv")]
-    return header + b"".join(wanted)
+    chosen = [header]
+    for row in rows:
+        in_dev = tuple(row.decode().split("\t")[1:3]) in dev
+        if in_dev == (name == "dev.tsv"):
+            chosen.append(row)
+    return b"".join(chosen)
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -295,7 +229,8 @@ CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 
 def clean(char):
-    """What a character becomes before words are split: nothing, a space, itself, or apart."""
+    """What a character becomes before words are split: nothing, a space, itself, or a word of its
+    own."""
     category = unicodedata.category(char)
     if char in "\t\n\r":
         return " "
@@ -380,13 +315,11 @@ def load_tokenizer(folder):
     """The WordPiece of a model's folder: vocab.txt, and whether tokenizer_config.json, if there,
     says that texts are lower-cased. ValueError if it cannot be read."""
     path = Path(folder) / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        lowercase = config.get("do_lower_case", True)
-        if type(lowercase) is not bool:
-            raise ValueError("do_lower_case is neither true nor false")
-    except (AttributeError, ValueError, RecursionError):
-        raise ValueError(f"{path}: not a tokenizer's configuration") from None
+    lowercase = True
+    if path.exists():
+        lowercase = read_json(path).get("do_lower_case", True)
+    if type(lowercase) is not bool:
+        raise ValueError(f"{path}: do_lower_case is neither true nor false")
     return WordPiece(Path(folder) / "vocab.txt", lowercase)
 
 
@@ -394,9 +327,8 @@ def save_tokenizer(tokenizer, folder, max_length):
     """Write vocab.txt and tokenizer_config.json as transformers reads them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "vocab.txt").write_bytes(tokenizer.vocab_file.read_bytes())
-    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
-              "model_max_length": max_length}
-    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json({"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
+                "model_max_length": max_length}, Path(folder) / "tokenizer_config.json")
 
 
 # --------------------------------------------------------------------------- batches
@@ -418,6 +350,11 @@ class Encoded:
     def lengths(self):
         return self.starts.diff()  # (N,)
 
+    def sha256(self):
+        """Of the token ids and labels."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()
+                              + self.labels.numpy().tobytes()).hexdigest()
+
     def head(self, count):
         """The first `count` examples, or all if there are fewer."""
         count = min(count, len(self))
@@ -437,78 +374,36 @@ class Encoded:
                 "labels": self.labels[index], "index": index}
 
 
-MANY = 50_000  # from here on all cores encode, and the ids are kept for the next time
-CHUNK = 2_000  # examples that a process encodes at once
-
-
 def encode_task(examples, tokenizer, max_length=128):
-    """list[Example] -> Encoded, with at most `max_length` tokens an example. The ids of many
-    examples are kept in the cache, in a file named by the SHA-256 of all that they depend on."""
-    if len(examples) < MANY:
-        tokens, lengths, first = encode_rows(examples, tokenizer, max_length)
-    else:
-        known = (Path(__file__).read_bytes(), unicodedata.unidata_version, tokenizer.vocab,
-                 tokenizer.lowercase, max_length)
-        digest = hashlib.sha256(repr(known).encode())
-        for example in examples:
-            digest.update(repr(example).encode())
-        ids = kept(cache_folder() / "encoded" / digest.hexdigest(),
-                   lambda: np.concatenate(encode_on_all_cores(examples, tokenizer, max_length)))
-        tokens, lengths, first = np.split(ids, [-2 * len(examples), -len(examples)])
-    return Encoded(torch.tensor(tokens), torch.tensor(np.cumsum([0, *lengths])),
-                   torch.tensor(first).long(), torch.tensor([row.label for row in examples]))
-
-
-def encode_rows(examples, tokenizer, max_length):
-    """int32 arrays: all token ids, end to end; each example's length; its tokens up to [SEP]."""
-    columns = array.array("i"), array.array("i"), array.array("i")
+    """list[Example] -> Encoded, with at most `max_length` tokens an example."""
+    tokens, starts, first = array.array("i"), [0], []
     for text_a, text_b, _ in examples:
         input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
-        columns[0].extend(input_ids)
-        columns[1].append(len(input_ids))
-        columns[2].append(token_type_ids.count(0))
-    return [np.array(column) for column in columns]
+        tokens.extend(input_ids)
+        starts.append(len(tokens))
+        first.append(token_type_ids.count(0))
+    labels = [example.label for example in examples]
+    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), torch.tensor(starts),
+                   torch.tensor(first), torch.tensor(labels))
 
 
-def encode_on_all_cores(examples, tokenizer, max_length):
-    """What encode_rows gives, by a process per core; by this one alone if these do not work.
-
-    Linux forks, as its workers need no torch, whose threads a fork does without; elsewhere they are
-    spawned, which runs a script without `if __name__ == "__main__"` from its start in each."""
-    linux = sys.platform == "linux"
-    cores = len(os.sched_getaffinity(0)) if linux else min(os.cpu_count(), 61)  # Windows' limit
-    chunks = [examples[i:i + CHUNK] for i in range(0, len(examples), CHUNK)]
-    with contextlib.suppress(OSError, BrokenProcessPool):
-        with ProcessPoolExecutor(cores, multiprocessing.get_context("fork" if linux else "spawn"),
-                                 start_worker, (tokenizer.vocab_file, tokenizer.lowercase)) as pool:
-            parts = list(pool.map(encode_chunk, chunks, itertools.repeat(max_length)))
-        return [np.concatenate(column) for column in zip(*parts)]
-    return encode_rows(examples, tokenizer, max_length)
+def inputs(batch):
+    """What a model is called with."""
+    return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 
 
-def start_worker(vocab_file, lowercase):
-    """Make a process ready for encode_chunk. It leaves Ctrl-C to its parent, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    encode_chunk.tokenizer = WordPiece(vocab_file, lowercase)
+def move(batch, device):
+    on_gpu = device.type == "cuda"  # which then need not wait for what it was given before
+    return {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
 
 
-def encode_chunk(examples, max_length):
-    return encode_rows(examples, encode_chunk.tokenizer, max_length)
-
-
-def kept(path, make):
-    """The int32 array in the file `path`, after its SHA-256; if there is none, or it is damaged,
-    that of make(), which is written there if that can be done."""
-    with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        if hashlib.sha256(data[32:]).digest() == data[:32]:
-            return np.frombuffer(data[32:], np.int32)
-    ids = make()
-    with contextlib.suppress(OSError):
-        write_file(path, hashlib.sha256(ids.tobytes()).digest() + ids.tobytes())
-    return ids
+def batches_by_length(data, tokens):
+    """All examples, the longest first, in batches of at most `tokens` with their padding."""
+    lengths, order = data.lengths.sort(descending=True)
+    while len(order):
+        count = max(1, tokens // int(lengths[0]))
+        yield data.batch(order[:count])
+        lengths, order = lengths[count:], order[count:]
 
 
 def batches(data, batch_size, seed, epoch=0, start=0):
@@ -517,10 +412,13 @@ def batches(data, batch_size, seed, epoch=0, start=0):
     The order is a function of (seed, epoch) alone, so (epoch, batches seen) is the whole state:
     `start` skips the batches that an interrupted epoch had already had."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    buckets = torch.randperm(len(data), generator=generator).split(50 * batch_size)
     lengths = data.lengths
-    sorted_buckets = (bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets)
-    cut = [index for bucket in sorted_buckets for index in bucket.split(batch_size)]
+    # 50 batches of examples at random, cut into batches in the order of their lengths
+    cut = []
+    for bucket in torch.randperm(len(data), generator=generator).split(50 * batch_size):
+        by_length = bucket[lengths[bucket].argsort(stable=True)]
+        cut.extend(by_length.split(batch_size))
+    # then these at random, so that long and short ones take turns
     for i in torch.randperm(len(cut), generator=generator)[start:].tolist():
         yield data.batch(cut[i])
 
