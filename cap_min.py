@@ -262,12 +262,14 @@ def warmup_steps(args, total):
 def sparsity_report(model):
     """{"total": fraction of encoder weights that are exactly 0 or removed, "weights": how many
     there were, "kept": how many are neither, "matrices": {name: fraction}}."""
-    with torch.device("meta"):
-        whole = BertClassifier(dataclasses.replace(model.config, layer_sizes=None))
-    pruned, matrices = encoder_linears(model), {}
+    config, matrices = model.config, {}
     weights = kept = 0
-    for name, layer in encoder_linears(whole).items():
-        size, nonzero = layer.weight.numel(), int(pruned[name].weight.count_nonzero())
+    for name, layer in encoder_linears(model).items():
+        # its size before anything was removed
+        size = config.hidden_size * config.intermediate_size
+        if ".attention." in name:
+            size = config.hidden_size ** 2
+        nonzero = int(layer.weight.count_nonzero())
         matrices[name + ".weight"] = 1 - nonzero / size
         weights += size
         kept += nonzero
@@ -517,27 +519,28 @@ def forward(model, batch, dtype):
     return gather(logits.float(), size), gather(pooled.float(), size), pooled
 
 
-def train(run, model, data, ancestors=None, dev_sets=None, state=None):
+def train(run, model, data, ancestors=None, dev_sets=None):
     """Train `model` on `data` from where `run` is to the end of its stage: the one loop of the dense
     teacher, which has no ancestors, and of the pruned model.
 
-    dev_sets: what is scored after each epoch of pruning. state: of a stopped run. ValueError if the
-    loss is not finite, which is looked at every LOG_EVERY steps, or a weight where it would be
-    saved."""
+    dev_sets: what is scored after each epoch of pruning. ValueError if the loss is not finite, which
+    is looked at every LOG_EVERY steps, or a weight where it would be saved."""
     args, device = run.args, model.classifier.weight.device
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
-    first, last = run.epochs_of_stage()
-    total = (last - first) * steps
+    first, epochs = run.stage * args.epochs, args.epochs
+    if run.stage == TEACHER:
+        first, epochs = 0, teacher_epochs(args)
+    last, total = first + epochs, epochs * steps
     warmup = warmup_steps(args, total)
     optimizer = make_optimizer(model, args)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    else:  # what was done before need not be done again
+    if run.resumed:
+        run.load(model, optimizer)
+    else:  # what was done before this stage need not be done again
         run.save(model, optimizer)
     replica = model
     if processes() > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)  # all have the same masks
+        replica = DistributedDataParallel(model)
+        replica.broadcast_buffers = False  # all have the same masks
     masked = any(isinstance(module, Mask) for module in model.modules())
     kept = 1 - sparsity_report(model)["total"]  # where it is not a matter of the step
     progress = Progress(total, args.batch_size, device)
@@ -583,9 +586,10 @@ def train(run, model, data, ancestors=None, dev_sets=None, state=None):
             if to_log:
                 entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
                          "lr": args.lr * factor, "loss": sum(values.values()), **values}
-                speed = progress.show(step, entry, values)
+                in_place = sys.stdout.isatty() and run.batch < steps
+                speed = progress.show(step, entry, values, end="\r" if in_place else "\n")
                 run.log(**entry, gradient_share=shares, **speed)
-            if run.due():
+            if run.due() and run.batch < steps:
                 run.save(model, optimizer)
         # after an epoch of pruning: a snapshot, which after the last would serve nobody, and a score
         run.epoch, run.batch = run.epoch + 1, 0
@@ -608,15 +612,14 @@ def check_finite(named, step):
 
 
 class Progress:
-    """The step line, under a heading that names its columns: rewritten in place on a terminal,
-    elsewhere one line a minute."""
+    """The step line, under a heading that names its columns; on a terminal rewritten in place."""
 
     def __init__(self, total, batch_size, device):
         self.total, self.batch_size, self.device = total, batch_size, device
-        self.last_time, self.last_step, self.last_printed = time.perf_counter(), None, -math.inf
+        self.last_time, self.last_step = time.perf_counter(), None
         say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
 
-    def show(self, step, entry, terms):
+    def show(self, step, entry, terms, end):
         """Print the line; returns its speed {"ms", "examples_per_second"} since the last one."""
         now = time.perf_counter()
         if self.last_step is None:  # the first step since the start, or since a stop
@@ -624,17 +627,12 @@ class Progress:
         seconds = (now - self.last_time) / (step - self.last_step)
         self.last_time, self.last_step = now, step
         speed = self.batch_size / seconds
-        eta = timedelta(seconds=int(seconds * (self.total - step - 1)))
         losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
         line = (f"{step + 1}/{self.total} | {entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | "
                 f"{entry['lr']:.1e} | {1000 * seconds:.0f}, {speed:.0f}, "
-                f"{peak_memory(self.device) / 1e9:.1f} | {eta}")
-        at_end = step == self.total - 1
-        if sys.stdout.isatty():
-            say("\r" + line.ljust(119), end="\n" if at_end else "")
-        elif at_end or now - self.last_printed > 60:
-            say(line)
-            self.last_printed = now
+                f"{peak_memory(self.device) / 1e9:.1f} | "
+                f"{timedelta(seconds=int(seconds * (self.total - step - 1)))}")
+        say(line.ljust(119), end=end)
         return {"ms": round(1000 * seconds, 1), "examples_per_second": round(speed, 1)}
 
 
@@ -681,9 +679,8 @@ def importance(run, model, data, ancestors):
     layers = model.bert.encoder["layer"]
     readers = [layer.attention["output"].dense.weight for layer in layers]
     readers += [layer.output.dense.weight for layer in layers]
-    head_width = model.config.hidden_size // model.config.num_attention_heads
-    widths = [head_width] * len(layers) + [1] * len(layers)  # columns of a unit
     sums = [0.0] * len(readers)
+    width = model.config.hidden_size // model.config.num_attention_heads
     model.eval()
     for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
@@ -692,9 +689,11 @@ def importance(run, model, data, ancestors):
         extra = draw_extra(chance, len(data), args, device)
         terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
-        for j, (reader, gradient) in enumerate(zip(readers, gradients)):
-            columns = (reader.detach() * summed(gradient) / processes()).sum(0)
-            sums[j] += columns.view(-1, widths[j]).sum(1).abs()
+        for j, gradient in enumerate(gradients):
+            of_mask = (readers[j].detach() * summed(gradient) / processes()).sum(0)
+            if j < len(layers):  # a head has several columns
+                of_mask = of_mask.view(-1, width).sum(1)
+            sums[j] += of_mask.abs()
     return sums[:len(layers)], sums[len(layers):]
 
 
@@ -768,43 +767,66 @@ class Run:
     batch: int = 0  # the next one of the epoch
     snapshots: int = 0  # that SnC holds
     dense: dict | None = None  # the teacher's scores
+    layer_sizes: list | None = None  # of the model that was saved
+    log_size: int = 0  # bytes
     phase: str = "other"  # what the time is counted for
     seconds: dict = field(default_factory=lambda: dict.fromkeys(
         ("teacher", "banks", "prune", "other"), 0.0))
 
     def __post_init__(self):
-        self.folder = self.args.out / "checkpoint"
+        self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
         self.last_save, self.last_tick = time.monotonic(), time.perf_counter()
+        self.resumed = False  # whether `load` has yet to be called
 
-    def enter(self, phase):
-        """Count the time since the last call for the phase that ends, and begin another."""
-        now = time.perf_counter()
-        self.seconds[self.phase] += now - self.last_tick
-        self.phase, self.last_tick = phase, now
-
-    def epochs_of_stage(self):
-        """(first epoch of this stage, first one after it)."""
-        if self.stage == TEACHER:
-            return 0, teacher_epochs(self.args)
-        first = self.stage * self.args.epochs
-        return first, first + self.args.epochs
-
-    def log(self, **entry):
-        """Append a line to log.jsonl."""
+    def begin(self):
+        """Take over the position of the state that was saved, if there is one, and make the run
+        folder with config.json and a log of that time. ValueError if the state is damaged, or that
+        of other training rows."""
+        if (self.folder / "state.pt").exists():
+            position = self.read_state()["position"]
+            if position["train_sha256"] != self.train_sha256:
+                raise ValueError(f"{self.args.out} was begun with other training rows: choose "
+                                 "another --out")
+            vars(self).update(position)
+            self.resumed = True
+        wait_for_all()  # all have looked before one writes
         if rank() == 0:
-            with open(self.args.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": self.phase, **entry}) + "\n")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(run_config(self.args), self.args.out / "config.json")
+            with open(self.log_path, "a") as file:
+                file.truncate(self.log_size)
+        wait_for_all()
 
-    def write(self, name, content):
-        """Write tensors, numbers and the like to the file checkpoint/NAME.pt, which holds what it
-        held before until all is there."""
-        path = self.folder / f"{name}.pt"
+    def read_state(self):
+        path = self.folder / "state.pt"
         try:
-            with replacing(path) as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError):  # the second is torch's
-            raise OSError(f"{path} could not be written: the disk may be full; what was saved "
-                          "before is kept") from None
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # torch raises half a dozen types here
+            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+
+    def load(self, model, optimizer):
+        """Take over the states of model and optimizer that were saved."""
+        state = self.read_state()
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.resumed = False
+
+    def save(self, model, optimizer):
+        """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
+        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch}")
+        self.enter(self.phase)
+        self.layer_sizes = model.config.layer_sizes
+        if rank() == 0:
+            self.log_size = self.log_path.stat().st_size
+            position = dataclasses.asdict(self)
+            del position["args"]
+            self.write("state", {"position": position, "model": model.state_dict(),
+                                 "optimizer": optimizer.state_dict()})
+        self.last_save = time.monotonic()
+
+    def due(self):
+        """Whether it is time to save."""
+        return time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
 
     def store(self, name, tensor):
         """Write a tensor that will not change."""
@@ -816,49 +838,28 @@ class Run:
         """The tensor that was stored under this name, memory-mapped."""
         return torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
 
-    def due(self):
-        return time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
-
-    def save(self, model, optimizer):
-        """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
-        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch}")
-        self.enter(self.phase)
-        if rank() == 0:
-            position = dataclasses.asdict(self)
-            del position["args"]
-            self.write("state", {
-                "run": position, "log_size": (self.args.out / "log.jsonl").stat().st_size,
-                "layer_sizes": model.config.layer_sizes, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict()})
-        self.last_save = time.monotonic()
-
-    def resume(self):
-        """The saved state, whose position in the run is taken over; None if there is none.
-        ValueError if it is damaged, or that of other training rows."""
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
+    def write(self, name, content):
+        """Write tensors, numbers and the like to checkpoint/NAME.pt, which holds what it held before
+        until all is there."""
+        path = self.folder / f"{name}.pt"
         try:
-            state = torch.load(path, map_location="cpu", mmap=True)
-        except Exception:  # torch raises half a dozen types here
-            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
-        if state["run"]["train_sha256"] != self.train_sha256:
-            raise ValueError(f"{self.args.out} was begun with other training rows: choose another "
-                             "--out")
-        vars(self).update(state["run"])
-        return state
+            with replacing(path) as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError):  # the second is torch's
+            raise OSError(f"{path} could not be written: the disk may be full; what was saved "
+                          "before is kept") from None
 
+    def log(self, **entry):
+        """Append a line to log.jsonl."""
+        if rank() == 0:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": self.phase, **entry}) + "\n")
 
-def start_folder(args, state):
-    """Make the run folder and its config.json, or cut the log to what it was when `state` was
-    saved."""
-    if rank() == 0:
-        (args.out / "checkpoint").mkdir(parents=True, exist_ok=True)
-        write_json(run_config(args), args.out / "config.json")
-        with open(args.out / "log.jsonl", "a") as file:
-            file.truncate(0 if state is None else state["log_size"])
-    wait_for_all()
-
+    def enter(self, phase):
+        """Count the time since the last call for the phase that ends, and begin another."""
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self.last_tick
+        self.phase, self.last_tick = phase, now
 
 def run_config(args):
     """The flags that decide what comes out, as JSON; paths are relative to this file."""
@@ -903,21 +904,21 @@ def export(model, tokenizer, task, folder):
 def make_record(run, model, data, dev_sets):
     """What a figure in a table must be able to show for itself. model: the exported one."""
     args, device = run.args, model.classifier.weight.device
-    examples = {"train": len(data)}
-    for split, dev in dev_sets.items():
-        examples[split] = len(dev)
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
-    seconds = {phase: round(value, 1) for phase, value in run.seconds.items()}
-    speeds = {"prune": round(len(data) * pruning_epochs(args) / run.seconds["prune"], 1)}
-    if args.teacher is None:
-        speeds["teacher"] = round(len(data) * teacher_epochs(args) / run.seconds["teacher"], 1)
-    source = b"".join((HERE / name).read_bytes()
-                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
+    seconds, speeds = run.seconds, {}
+    for phase, epochs in (("teacher", teacher_epochs(args)), ("prune", pruning_epochs(args))):
+        if seconds[phase] > 0:  # a teacher may have been given
+            speeds[phase] = round(len(data) * epochs / seconds[phase], 1)
+    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
+    source = b""
+    for name in ("bert_min.py", "data_glue.py", "cap_min.py"):
+        source += (HERE / name).read_bytes()
     machine = (f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads, "
                f"{processes()} processes")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
+    examples = {"train": len(data)} | {split: len(dev) for split, dev in dev_sets.items()}
     return {"config": run_config(args), "seed": args.seed, "versions": versions,
             "source_sha256": hashlib.sha256(source).hexdigest(), "train_sha256": run.train_sha256,
             "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
@@ -938,17 +939,16 @@ def draw_curve(folder, dense):
                 scores.append((last, entry["dev"][metric]))
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
              '<rect width="600" height="300" fill="white"/>',
-             '<path d="M60,40 V260 H560" fill="none" stroke="#777777"/>',
+             '<path d="M60,40 V260 H560" fill="none" stroke="gray"/>',
              '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
              f'<text x="480" y="280">step {last}</text>']
-    for x, name, color, curve in ((60, "kept", "#777777", densities),
-                                  (230, f"dev {metric}", "#1f77b4", scores),
-                                  (400, f"dense {level:.3f}", "#d62728", [(0, level), (last, level)])):
-        points = ""
-        for step, y in curve:  # Matthews' and Pearson's can be below 0
-            points += f" {60 + 500 * step / last:.1f},{260 - 220 * max(0, y):.1f}"
-        lines.append(f'<polyline fill="none" stroke-width="2" stroke="{color}" points="{points}"/>')
+    for x, name, color, curve in ((60, "kept", "gray", densities),
+                                  (230, f"dev {metric}", "blue", scores),
+                                  (400, f"dense {level:.3f}", "red", [(0, level), (last, level)])):
+        points = " ".join(f"{60 + 500 * step / last:.1f},{260 - 220 * max(0, y):.1f}"
+                          for step, y in curve)  # Pearson's can be below 0
         lines.append(f'<text x="{x}" y="24" fill="{color}">{name}</text>')
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
@@ -957,8 +957,6 @@ def print_summary(args, record):
     say("\n     dense    pruned")
     for name, pruned in record["pruned"].items():
         say(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}")
-    if args.task == "demo":
-        say("(accuracy_unseen: of animals that only the pre-training told of)")
     sparsity = record["sparsity"]
     say(f"{sparsity['weights']:10,}{sparsity['kept']:10,}  weights in the encoder")
     say(f"pruned model: {args.out / 'model'}, took "
@@ -1031,11 +1029,17 @@ STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_uns
               "w_sup": 3.0, "kd_temperature": 1.0}
 
 
-def count(text):
-    """A type of argparse, as are the next three: it is refused with their name."""
-    if not 1 <= int(text) < 2 ** 31:
+def positive(text):
+    """A type of argparse, as are the next three, whose names its messages have."""
+    if not 0 < float(text) < math.inf:
         raise ValueError
-    return int(text)
+    return float(text)
+
+
+def not_negative(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def fraction(text):
@@ -1044,16 +1048,10 @@ def fraction(text):
     return float(text)
 
 
-def weight(text):
-    if not 0 <= float(text) < math.inf:
+def whole_number(text):
+    if not 1 <= int(text) < 2 ** 31:
         raise ValueError
-    return float(text)
-
-
-def rate(text):
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    return int(text)
 
 
 def add_flags(parser):
@@ -1073,33 +1071,33 @@ def add_flags(parser):
         "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED")
     add("--seed", type=int, default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count, default=10,
+    add("--epochs", type=whole_number, default=10,
         help="of pruning, structured: of each stage; the teacher has at most 3")
-    add("--batch-size", type=count, default=32, help="examples a step")
-    add("--lr", type=rate, default=3e-5, help="peak learning rate of weights")
-    add("--mask-lr", type=rate, default=1e-2, help="peak learning rate of scores")
-    add("--max-length", type=count, default=128, help="tokens an example, at most")
-    add("--max-train", type=count, help="training rows, drawn by a fixed seed; None: all")
+    add("--batch-size", type=whole_number, default=32, help="examples a step")
+    add("--lr", type=positive, default=3e-5, help="peak learning rate of weights")
+    add("--mask-lr", type=positive, default=1e-2, help="peak learning rate of scores")
+    add("--max-length", type=whole_number, default=128, help="tokens an example, at most")
+    add("--max-train", type=whole_number, help="training rows, drawn by a fixed seed; None: all")
     add("--warmup", type=fraction, default=0.09,
         help="of the learning rate, as a fraction of the run; dense for 2x, final sparsity for 3x")
     add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
         help="auto: zero, as published, from 30,000 steps on, magnitude below")
     add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
-    add("--temperature", type=rate, default=0.1, help="tau of eq. (5)")
-    add("--w-unsup", type=weight, default=0.1, help="weight of the unsupervised terms")
-    add("--w-sup", type=weight, default=10.0, help="weight of the supervised terms")
-    add("--w-ce", type=weight, default=0.1, help="weight of the cross-entropy")
-    add("--w-kd", type=weight, default=0.9, help="weight of the distillation")
-    add("--kd-temperature", type=rate, default=2.0, help="T of the distillation, eq. (8)")
-    add("--extra", type=count, default=4096, help="candidates beside the batch")
+    add("--temperature", type=positive, default=0.1, help="tau of eq. (5)")
+    add("--w-unsup", type=not_negative, default=0.1, help="weight of the unsupervised terms")
+    add("--w-sup", type=not_negative, default=10.0, help="weight of the supervised terms")
+    add("--w-ce", type=not_negative, default=0.1, help="weight of the cross-entropy")
+    add("--w-kd", type=not_negative, default=0.9, help="weight of the distillation")
+    add("--kd-temperature", type=positive, default=2.0, help="T of the distillation, eq. (8)")
+    add("--extra", type=whole_number, default=4096, help="candidates beside the batch")
     add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
-    add("--penalty", type=weight, default=680.0, help="lambda_f of eq. (8), of CAP-soft")
+    add("--penalty", type=not_negative, default=680.0, help="lambda_f of eq. (8), of CAP-soft")
     add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
         help="terms to leave out")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
-    add("--checkpoint-minutes", type=weight, default=10.0,
+    add("--checkpoint-minutes", type=not_negative, default=10.0,
         help="between two saves of the state from which the same command goes on after a stop")
 
 
@@ -1197,10 +1195,9 @@ def load_fine_tuned(folder, task, config):
     if model.config.num_labels != max(1, len(words)) or found not in (words, []):
         raise ValueError(f"{folder}: its labels are {found or model.config.num_labels}, those of "
                          f"{task} are {words or 'one number'}")
-    for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
-        if getattr(model.config, name) != getattr(config, name):
-            raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
-                             f"--model is {getattr(config, name)}")
+    if (model.config.hidden_size, model.config.vocab_size) != (config.hidden_size,
+                                                               config.vocab_size):
+        raise ValueError(f"{folder}: its sizes are not those of --model")
     return model
 
 
@@ -1241,11 +1238,10 @@ def run(args):
     data, dev_sets = load_data(args, tokenizer, config)
     settle_schedule(args, len(data))
     run = Run(args, data.sha256())
-    state = run.resume()
-    start_folder(args, state)
+    run.begin()
     say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
         f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
-    if state is not None:
+    if run.resumed:
         say(f"goes on in epoch {run.epoch + 1} of {'the teacher' if run.stage < 0 else 'pruning'}")
 
     # the teacher, a copy of the model, and what both make of the training set
@@ -1253,14 +1249,14 @@ def run(args):
         if teacher is None:
             run.enter("teacher")
             teacher = copy.deepcopy(model)
-            train(run, teacher, data, state=state)
+            train(run, teacher, data)
             export(teacher, tokenizer, args.task, args.out / "teacher")
         run.enter("other")
         run.dense = evaluate(teacher, args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
         run.enter("banks")
         store_ancestors(run, data, model, teacher)
-        run.stage, run.epoch, run.batch, state = 0, 0, 0, None
+        run.stage, run.epoch, run.batch = 0, 0, 0
     del teacher  # all that is needed of it is stored
     ancestors = load_ancestors(run, data, device)
 
@@ -1270,13 +1266,12 @@ def run(args):
     structured = args.method == "structured"
     if not structured:
         add_masks(model, args.score_init)
-    elif state is not None:
-        model = of_sizes(model, state["layer_sizes"])  # as it was saved
+    elif run.resumed:
+        model = of_sizes(model, run.layer_sizes)  # as it was saved
     for run.stage in range(run.stage, len(stages(args))):
-        if structured and state is None:
+        if structured and not run.resumed:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
-        train(run, model, data, ancestors, some_dev, state)
-        state = None
+        train(run, model, data, ancestors, some_dev)
     if not structured:
         apply_masks(model)
     export(model, tokenizer, args.task, args.out / "model")
@@ -1288,7 +1283,7 @@ def run(args):
     if rank() == 0:
         draw_curve(args.out, run.dense)
         write_json(record, args.out / "record.json")
-        shutil.rmtree(run.folder)  # nothing of it is needed any more
+        shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     wait_for_all()
     print_summary(args, record)
     return record

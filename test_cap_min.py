@@ -516,8 +516,9 @@ def test_encode_masks_each_matrix_once(vocab, monkeypatch):
 def toy_run(folder, *options):
     """A `Run` in its folder, at its start."""
     args = cap_min.parse(["--task", "sst2", "--dtype", "fp32", "--out", str(folder), *options])
-    cap_min.start_folder(args, None)
-    return Run(args, "")
+    run = Run(args, "")
+    run.begin()
+    return run
 
 
 def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab, tmp_path):

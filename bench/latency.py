@@ -17,8 +17,8 @@ rounds of a round's median, a ratio the median of the rounds' ratios: read ratio
 with one thread and with all: on a shared machine a second core comes and goes."""
 
 import argparse
+import gzip
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -37,38 +37,40 @@ import cap_min  # noqa: E402
 from throughput import processor  # noqa: E402
 
 
-def folders(run, scratch):
+def folders(name, scratch):
     """(pruned model's folder, dense model's folder for transformers) of what the command names."""
-    if not (Path(run) / "record.json").exists():
-        model = (bert_min.BertClassifier(bert_min.BertConfig()) if run == "random-base"
-                 else bert_min.from_pretrained(run))
-        cap_min.add_masks(model, None)
+    run = Path(name)
+    if not (run / "record.json").exists():
+        if name == "random-base":
+            model = bert_min.BertClassifier(bert_min.BertConfig())
+        else:
+            model = bert_min.from_pretrained(run)
+        cap_min.add_masks(model, "none")
         cap_min.set_masks(model, 0.03)
-        bert_min.save_pretrained(cap_min.apply_masks(model), scratch / "magnitude")
-        return scratch / "magnitude", scratch / "magnitude"
-    record = json.loads((Path(run) / "record.json").read_text(encoding="utf-8"))
-    if record["config"]["method"] != "structured":
-        return Path(run) / "model", Path(run) / "model"
-    dense = Path(cap_min.teacher_folder(Path(run), record["config"]))
+        cap_min.apply_masks(model)
+        bert_min.save_pretrained(model, scratch)
+        return scratch, scratch
+    config = bert_min.read_json(run / "record.json")["config"]
+    if config["method"] != "structured":
+        return run / "model", run / "model"
+    dense = run / "teacher"
+    if config["teacher"] is not None:
+        dense = ROOT / config["teacher"]
     if not dense.is_dir():
         sys.exit(f"{dense}, the dense model that {run} was made from, is not there")
-    return Path(run) / "model", dense
+    return run / "model", dense
 
 
-def file_sizes(folder, scratch):
-    """Bytes of the weight file and of its encoder matrices: as fp32 would be, as it is, compact."""
+def file_sizes(folder):
+    """Bytes of the weight file and of the encoder matrices in it, and of both after `gzip`."""
     model = bert_min.from_pretrained(folder, None)
-    bert_min.save_pretrained(model, scratch / "compact", compact=True)
-    whole = cap_min.sparsity_report(model)["weights"]
-    sizes = {"encoder matrices, dense fp32": 4 * whole}
-    for name, path in (("plain", folder / "model.safetensors"),
-                       ("compact", scratch / "compact" / bert_min.COMPACT_FILE)):
-        matrices = [tensor for key, tensor in bert_min.load_safetensors(path).items()
-                    if key.startswith("bert.encoder.")
-                    and (tensor.ndim == 2 or key.endswith((".kept", ".values")))]
-        sizes |= {f"{name} file": path.stat().st_size,
-                  f"encoder matrices, {name}": sum(tensor.nbytes for tensor in matrices)}
-    return sizes
+    file = (folder / "model.safetensors").read_bytes()
+    matrices = b"".join(layer.weight.detach().numpy().tobytes()
+                        for layer in cap_min.encoder_linears(model).values())
+    return {"encoder matrices, dense fp32": 4 * cap_min.sparsity_report(model)["weights"],
+            "plain file": len(file), "encoder matrices, plain": len(matrices),
+            "gzip file": len(gzip.compress(file, 6)),
+            "encoder matrices, gzip": len(gzip.compress(matrices, 6))}
 
 
 def forms(pruned, dense, device):
@@ -100,39 +102,48 @@ def median_ms(function, device, seconds):
     return statistics.median(times[2:])
 
 
+def time_forms(functions, ids, mask, options):
+    """({form: ms}, {form: its ms / those of "ours"})."""
+    times = {name: [] for name in functions}
+    for _ in range(options.rounds):
+        for name, function in functions.items():
+            times[name].append(median_ms(lambda: function(ids, mask), ids.device, options.seconds))
+    ms, ratios = {}, {}
+    for name in functions:
+        ms[name] = statistics.median(times[name])
+        ratios[name] = statistics.median(
+            other / ours for other, ours in zip(times[name], times["ours"]))
+    return ms, ratios
+
+
 def measure(options, device):
     """The record: sizes, and for each batch and length {form: ms}, ratios, logit difference."""
     with tempfile.TemporaryDirectory() as scratch:
         pruned, dense = folders(options.run, Path(scratch))
-        sizes = file_sizes(pruned, Path(scratch))
+        sizes = file_sizes(pruned)
         functions, reference = forms(pruned, dense, device)
-    rows = []
-    for threads, batch, length in itertools.product(
-            options.threads, options.batches, options.lengths):
-        if length > reference.config.max_position_embeddings:
+    config, rows = reference.config, []
+    for threads, batch, length in itertools.product(options.threads, options.batches,
+                                                    options.lengths):
+        if length > config.max_position_embeddings:
             continue
         torch.set_num_threads(threads)
-        ids = torch.randint(1, reference.config.vocab_size, (batch, length), device=device)
+        ids = torch.randint(1, config.vocab_size, (batch, length), device=device)
         mask = torch.ones_like(ids)
-        times = {name: [] for name in functions}
-        for _ in range(options.rounds):
-            for name, function in functions.items():
-                times[name].append(median_ms(lambda: function(ids, mask), device, options.seconds))
-        ms = {name: statistics.median(values) for name, values in times.items()}
-        ratios = {name: statistics.median(other / mine for other, mine in
-                                          zip(times[name], times["ours"])) for name in times}
-        wanted = (reference(ids, mask)[0] if reference.config.layer_sizes else
-                  functions["transformers fp32"](ids, mask))
+        ms, ratios = time_forms(functions, ids, mask, options)
+        if config.layer_sizes is None:
+            wanted = functions["transformers fp32"](ids, mask)
+        else:  # the dense model has other weights
+            wanted = reference(ids, mask)[0]
         difference = (functions["ours"](ids, mask) - wanted).abs().max().item()
         rows.append({"threads": threads, "batch": batch, "length": length, "ms": ms,
                      "ratios": ratios, "difference": difference})
-        print(f"{threads} threads, batch {batch}, length {length}: ours {ms['ours']:.2f} ms, "
-              + ", ".join(f"{name} {ms[name]:.2f} ms ({ratios[name]:.2f} x ours)"
-                          for name in list(functions)[:2])
-              + f", logits differ by {difference:.0e}", flush=True)
+        shown = [f"{name} {ms[name]:.2f} ms ({ratios[name]:.2f} x ours)" for name in functions]
+        print(f"{threads} threads, batch {batch}, length {length}: {', '.join(shown)}, "
+              f"logits differ by {difference:.0e}", flush=True)
     return {"what": Path(options.run).name, "processor": processor(), "device": str(device),
             "rounds": options.rounds, "sparsity": cap_min.sparsity_report(reference)["total"],
-            "layer_sizes": reference.config.layer_sizes, "bytes": sizes, "rows": rows,
+            "layer_sizes": config.layer_sizes, "bytes": sizes, "rows": rows,
             "torch": torch.__version__, "date": str(date.today())}
 
 

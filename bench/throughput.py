@@ -1,23 +1,24 @@
 """How fast the pruning phase is, beside plain fine-tuning of the same model by transformers and by
-bert_min, on the same rows and batches. Writes a record such as README.md shows, --out.
+bert_min, on the same rows and batches. Writes a record, --out.
 
 Run:   pip install -r bench/requirements.txt
        python bench/throughput.py --model FOLDER --data-dir FOLDER
+       python bench/throughput.py --model base --tasks sst2 --device cuda
 Sides: "transformers" BertForSequenceClassification with sdpa attention, all weights, fused AdamW
        "dense"        bert_min by cap_min.train, embeddings frozen
-       "prune"        cap_min.first_banks and cap_min.prune with all terms, everything counted:
-                      both banks, masks, losses, a snapshot and a dev score after each epoch
-All have the same bucketed batches, number type, clipping and schedule. Each side of each repeat is
-a process of its own, in turn, so that memory is counted apart and the machine's moods are shared.
-With --before FOLDER, a checkout of an older commit, the steps of its pruning phase are profiled.
-With --published PYTHON FOLDER a further side times the published code, from a checkout of its
-folder UnstructuredPruning, by a PYTHON that has a transformers of its time (4.30 works): steps, and
-batches of the encoding that it makes once an epoch."""
+       "prune"        cap_min's pruning phase with all terms, everything counted: both banks, masks,
+                      losses, a snapshot and a dev score after each epoch
+All have the same bucketed batches, number type and clipping. Each side of each repeat is a process
+of its own, in turn, so that memory is counted apart and the machine's moods are shared; a figure is
+the median over the repeats."""
 
 import argparse
-import copy
+import gc
 import hashlib
+import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -30,243 +31,240 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, os.environ.get("CAP_SOURCE", str(ROOT)))  # an older source, for "before"
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import cap_min  # noqa: E402
-from bert_min import BertClassifier, BertConfig, from_pretrained  # noqa: E402
+from bert_min import BertClassifier, BertConfig, from_pretrained, save_pretrained  # noqa: E402
 from data_glue import TASKS, Encoded, WordPiece, batches, encode_task, load  # noqa: E402
-from data_glue import load_tokenizer  # noqa: E402
+from data_glue import load_tokenizer, move  # noqa: E402
 
-PARTS = {"masks": (cap_min, "set_masks"), "forward": (BertClassifier, "forward"),
-         "loss": (cap_min, "cap_terms"), "backward": (torch.Tensor, "backward"),
-         "clipping": (torch.nn.utils, "clip_grad_norm_"), "Adam": (torch.optim.AdamW, "step")}
+# ------------------------------------------------------------------ model, data, run
 
 
-# ------------------------------------------------------------------------------ data
-
-
-def setup(options):
-    """(args of cap_min, pre-trained model, training set)."""
+def settle(options, folder):
+    """(args of cap_min for a run in `folder`, its device)."""
     args = cap_min.parse(["--task", options.task, "--epochs", str(options.epochs), "--lr", "2e-4",
-                          "--device", options.device, "--dtype", options.dtype])
+                          "--device", options.device, "--dtype", options.dtype, "--out", folder])
     device = cap_min.choose_device(args)
-    args.score_init = "magnitude"
-    labels = max(1, len(TASKS[options.task].words))
+    cap_min.settle_schedule(args, options.rows)
+    return args, device
+
+
+def make_model(options):
+    """The pre-trained model; "base": BERT-base's sizes with random weights."""
     torch.manual_seed(0)
-    if options.model == "base":  # BERT-base's sizes, random weights and full-length random rows
-        model, length = BertClassifier(BertConfig(num_labels=labels)), 128
-        data = Encoded(torch.randint(1000, 30000, (options.rows * length,), dtype=torch.int32),
-                       torch.arange(options.rows + 1) * length,
-                       torch.full((options.rows,), length), torch.arange(options.rows) % labels)
-    else:
-        model = from_pretrained(options.model, labels)
+    labels = max(1, len(TASKS[options.task].words))
+    if options.model == "base":
+        return BertClassifier(BertConfig(num_labels=labels))
+    return from_pretrained(options.model, labels)
+
+
+def make_data(options):
+    """The training set; for "base" random rows of 128 tokens."""
+    if options.model != "base":
         rows = load(options.task, "train", options.data_dir)
         rows = random.Random(0).sample(rows, min(options.rows, len(rows)))
-        data = encode_task(rows, load_tokenizer(options.model))
-    return args, model.to(device), data
+        return encode_task(rows, load_tokenizer(options.model))
+    count = options.rows
+    tokens = torch.randint(1000, 30000, (count * 128,), generator=torch.Generator().manual_seed(0))
+    return Encoded(tokens.int(), torch.arange(count + 1) * 128, torch.full((count,), 128),
+                   torch.arange(count) % len(TASKS[options.task].words))
 
 
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def begin(args, data):
+    """A run at its start. It saves no state: a real one does so once in ten minutes."""
+    run = cap_min.Run(args, data.sha256())
+    run.save = lambda model, optimizer: None
+    run.begin()
+    return run
+
+
+# ------------------------------------------------------------------------------ time
 
 
 def clock():
-    synchronize()
+    """Seconds, once a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def moment():
+    """A time between two parts of a step; on a GPU an event in the queue of its work, since waiting
+    for it there would slow the step down."""
+    if not torch.cuda.is_initialized():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def median_ms(spans):
+    """Median length of spans (moment, moment)."""
+    lengths = []
+    for start, end in spans:
+        if isinstance(start, float):
+            lengths.append(1e3 * (end - start))
+        else:
+            lengths.append(start.elapsed_time(end))
+    return statistics.median(lengths)
+
+
+def watch(owner, name):
+    """Replace the function owner.name by one that does the same and enters the span of each call in
+    the list that is returned."""
+    spans, function = [], getattr(owner, name)
+
+    def watched(*given, **named):
+        start = moment()
+        result = function(*given, **named)
+        spans.append((start, moment()))
+        return result
+
+    setattr(owner, name, watched)
+    return spans
+
+
+def peak_tflops():
+    """What this GPU reaches in bf16 products of 8192 x 8192 matrices."""
+    matrix, times = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), []
+    for _ in range(30):
+        start = clock()
+        matrix @ matrix
+        times.append(clock() - start)
+    return 2e-12 * 8192 ** 3 / statistics.median(times[10:])
 
 
 # ----------------------------------------------------------------------------- sides
 
 
-def transformers_side(options):
-    """One epoch of plain fine-tuning, after some steps that are not counted."""
+def transformers_side(options, folder):
+    """An epoch of plain fine-tuning by transformers."""
     import transformers
-    args, model, data = setup(options)
-    device = model.classifier.weight.device
-    with tempfile.TemporaryDirectory() as folder:
-        cap_min.save_pretrained(model, folder)
-        theirs = transformers.BertForSequenceClassification.from_pretrained(
-            folder, attn_implementation="sdpa").to(device).train()
-    total = len(data) // args.batch_size
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, total // 10, 2 * total)
-
-    def step(batch):
-        batch = cap_min.move(batch, device)
-        del batch["index"]
-        with cap_min.autocast(device, args.compute_dtype):
-            loss = theirs(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-    for batch in list(batches(data, args.batch_size, 1))[:options.warm]:
-        step(batch)
-    start = clock()
-    for batch in batches(data, args.batch_size, 0):
-        step(batch)
-    return {"examples_per_second": len(data) / (clock() - start)}
-
-
-def dense_side(options):
-    """The same by bert_min, embeddings frozen."""
-    cap_min.tune_cpu()
-    args, model, data = setup(options)
-    model.bert.embeddings.requires_grad_(False)
-
-    def terms(logits, pooled, batch, chance):
-        return {"ce": cap_min.task_loss(logits, batch["labels"])}
+    (args, device), data = settle(options, folder), make_data(options)
+    save_pretrained(make_model(options), folder)
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        folder, attn_implementation="sdpa").to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     def epoch(rows):
-        start = clock()
-        cap_min.train(model, rows, terms, args, lambda entry: None, epochs=1)
-        return len(rows) / (clock() - start)
+        for batch in batches(rows, args.batch_size, 0):
+            batch = move(batch, device)
+            del batch["index"]
+            with cap_min.autocast(device, args.dtype):
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    epoch(data.head(options.warm * args.batch_size))
-    speed = epoch(data)
-    weights = sum(p.numel() for p in model.bert.encoder.parameters())
-    return {"examples_per_second": speed,
-            "encoder_tflops": 6e-12 * weights * speed * data.lengths.float().mean().item()}
+    return timed_epoch(epoch, data, options.warm * args.batch_size)
 
 
-def prune_side(options):
-    """The pruning phase, and the milliseconds of each part of a step at the final sparsity."""
-    if hasattr(cap_min, "tune_cpu"):  # not in every older commit
-        cap_min.tune_cpu()
-    args, model, data = setup(options)
-    dev = {"dev": data.head(len(data) // 100)}  # SST-2's and MNLI's share of their training sets
-    device = model.classifier.weight.device
-    args.epochs, some, other = 2, data.head(options.warm * args.batch_size), copy.deepcopy(model)
-    cap_min.prune(args, some, dev, other, *cap_min.first_banks(args, some, other, other), print)
-    del other  # whose memory is no part of what is measured
-    args.epochs = options.epochs
-    spent, encoding = {name: [] for name in PARTS}, []
-    starts = []  # of the steps: each begins with its masks
+def dense_side(options, folder):
+    """The same by cap_min.train, as a teacher is fine-tuned, but with the embeddings frozen."""
+    cap_min.tune_cpu()
+    (args, device), data = settle(options, folder), make_data(options)
+    args.epochs = 1
+    model = make_model(options).to(device)
+    model.bert.embeddings.requires_grad_(False)
 
-    def timed(name, owner, attribute):
-        original = getattr(owner, attribute)
+    def epoch(rows):
+        cap_min.train(begin(args, rows), model, rows)
 
-        def wrapper(*given, **named):
-            start = clock()
-            if name == "masks":
-                starts.append(start)
-            result = original(*given, **named)
-            if torch.is_grad_enabled():  # forward passes of an encoding are no part of a step
-                spent[name].append(clock() - start)
-            return result
+    return timed_epoch(epoch, data, options.warm * args.batch_size)
 
-        setattr(owner, attribute, wrapper)
 
-    def timed_encode(*given, original=cap_min.encode):
-        start = clock()
-        result = original(*given)
-        if len(given[1]) == len(data):
-            encoding.append(clock() - start)
-        return result
-
-    for name, place in PARTS.items():
-        timed(name, *place)
-    cap_min.encode = timed_encode
+def timed_epoch(epoch, data, warm_rows):
+    """Speed of `epoch(data)`, after an epoch of fewer rows in which the products are counted."""
+    some = data.head(warm_rows)
+    with FlopCounterMode(display=False) as counter:
+        epoch(some)
     start = clock()
-    banks, logits = cap_min.first_banks(args, data, model, model)
-    cap_min.prune(args, data, dev, model, banks, logits, lambda entry: None)
+    epoch(data)
+    speed = len(data) / (clock() - start)
+    return {"examples_per_second": speed,
+            "tflops": 1e-12 * counter.get_total_flops() / len(some) * speed}
+
+
+def prune_side(options, folder):
+    """The pruning phase, the parts of its steps at the final sparsity, and what CAP adds."""
+    cap_min.tune_cpu()
+    (args, device), data = settle(options, folder), make_data(options)
+    args.epochs = 2
+    pruning_phase(args, data.head(options.warm * args.batch_size), make_model(options).to(device))
+    gc.collect()  # that model is no part of the memory that is measured
+    # all of it, while the parts of cap_min.train's steps are watched
+    args.epochs, model = options.epochs, make_model(options).to(device)
+    spans = {"masks": watch(cap_min, "set_masks"), "forward": watch(cap_min, "forward"),
+             "loss": watch(cap_min, "cap_terms"), "backward": watch(torch.Tensor, "backward"),
+             "clipping": watch(torch.nn.utils, "clip_grad_norm_"),
+             "Adam": watch(torch.optim.AdamW, "step")}
+    start = clock()
+    ancestors = pruning_phase(args, data, model)
     total = clock() - start
-    steps = args.epochs * -(-len(data) // args.batch_size)
-    cool = 3 * cap_min.warmup_steps(args, steps)
-    parts = {name: 1e3 * statistics.median(times[-cool:]) for name, times in spent.items()}
-    parts["whole step"] = 1e3 * statistics.median(np.diff(starts[-cool:]))
-    snapshot = statistics.mean(encoding[2:])  # the first two are the banks of dense models
+    # the last steps, which have the final sparsity; one lasts from its masks to those of the next
+    steps = args.epochs * math.ceil(len(data) / args.batch_size)
+    final = 3 * cap_min.warmup_steps(args, steps)
+    parts = {name: median_ms(found[-final:]) for name, found in spans.items()}
+    starts = [first for first, _ in spans["masks"][-final:]]
+    parts["whole step"] = median_ms(itertools.pairwise(starts))
+    # a snapshot beside the steps of an epoch: the training set was encoded twice for the banks, and
+    # after each epoch but the last
+    start = clock()
+    cap_min.encode(model, data, args.dtype)
+    snapshot = clock() - start
+    epoch = (total - (args.epochs + 1) * snapshot) / args.epochs
+    bank_bytes = sum(vectors.nbytes for bank in ancestors.banks.values() for vectors in bank)
     return {"examples_per_second": args.epochs * len(data) / total, "parts_ms": parts,
-            "contrastive_ms": contrastive_ms(args, data, banks, device),
-            "snapshot_of_epoch": snapshot * args.epochs / (total - sum(encoding)),
-            "bank_bytes": sum(vectors.nbytes for _, bank in banks.items()
-                              for vectors in bank)}
+            "contrastive_ms": contrastive_ms(args, data, ancestors, device),
+            "snapshot_of_epoch": snapshot / epoch, "bank_bytes": bank_bytes}
 
 
-def contrastive_ms(args, data, banks, device):
-    """Forward and backward of the three contrastive terms, as in a step of the last epoch."""
-    labels = data.labels.to(device)
-    teacher = torch.zeros(len(data), 1 + int(labels.max()), device=device)
-    times = []
-    for batch in list(batches(data, args.batch_size, 2))[:30]:
-        batch = cap_min.move(batch, device)
-        pooled = torch.randn(len(batch["index"]), banks.bank["prc"][0].size(1), device=device,
-                             requires_grad=True)
-        extra = torch.randperm(len(data))[:args.extra].to(device)
-        logits = teacher[batch["index"]]
+def pruning_phase(args, data, model):
+    """The pruning phase as in cap_min.run, of a model that is its own teacher; returns its
+    ancestors. The dev set has SST-2's and MNLI's share of the training set."""
+    run, dev = begin(args, data), data.head(math.ceil(len(data) / 100))
+    cap_min.store_ancestors(run, data, model, model)
+    ancestors = cap_min.load_ancestors(run, data, model.classifier.weight.device)
+    cap_min.add_masks(model, args.score_init)
+    run.stage = 0
+    run.enter("prune")
+    cap_min.train(run, model, data, ancestors, {"dev": dev})
+    return ancestors
+
+
+def contrastive_ms(args, data, ancestors, device):
+    """Forward and backward of the contrastive terms, as in a step of the last epoch."""
+    chance, times = np.random.default_rng(0), []
+    width = ancestors.banks["prc"][0].size(1)
+    for batch in itertools.islice(batches(data, args.batch_size, 0), 30):
+        batch = move(batch, device)
+        pooled = torch.randn(len(batch["index"]), width, device=device, requires_grad=True)
+        logits = ancestors.logits[batch["index"]]
+        extra = cap_min.draw_extra(chance, len(data), args, device)
         start = clock()
-        terms = cap_min.cap_terms(logits, pooled, batch, teacher, banks, labels, extra, args)
-        sum(terms[name] for name, _ in banks.items()).backward()
+        terms = cap_min.cap_terms(logits, pooled, batch, ancestors, extra, args)
+        del terms["ce"], terms["kd"]
+        sum(terms.values()).backward()
         times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
 
-def published_side(options):
-    """An epoch of the published code: teacher run each step, all padded to 128, and as many batches
-    of the bank that is encoded before it. Its fine-tuned bank and dev scores are not counted. Run
-    by its own PYTHON, in the folder of the checkout."""
-    sys.path.insert(0, os.getcwd())
-    from emmental import MaskedBertConfig, MaskedBertForSequenceClassification
-    config = MaskedBertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536,
-                              pruning_method="topK", mask_init="constant", mask_scale=0.0)
-    config.num_labels = 2
-    model = MaskedBertForSequenceClassification(config, True, 0.1, 4096, 0.1, 10, "cls", 0.1)
-    from transformers import BertConfig as TheirConfig, BertForSequenceClassification
-    teacher = BertForSequenceClassification(TheirConfig(
-        hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_labels=2)).eval()
-    rows = max(options.rows, 4096)  # it draws as many extra examples
-    bank = torch.nn.functional.normalize(torch.randn(rows, 1, 384), dim=-1)
-    model.global_representations_bank_pretrained = bank
-    model.global_representations_bank_finetuned = bank
-    model.global_representations_bank_snaps = bank.expand(-1, 2, -1).contiguous()
-    model.global_labels_bank = torch.arange(rows) % 2
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
-    times, encoding = [], []
-    for _ in range(6):
-        ids, index = torch.randint(1000, 30000, (32, 128)), torch.randperm(rows)[:32]
-        start = time.perf_counter()
-        mask = torch.ones_like(ids)
-        loss, logits = model(input_ids=ids, attention_mask=mask, labels=index % 2, idx=index,
-                             token_type_ids=torch.zeros_like(ids), threshold=0.03)
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, attention_mask=mask).logits
-        loss = loss + 0.9 * 4 * torch.nn.functional.kl_div(
-            (logits / 2).log_softmax(-1), (wanted / 2).softmax(-1), reduction="batchmean")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.zero_grad()
-        times.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, labels=index % 2, idx=index,
-                  token_type_ids=torch.zeros_like(ids), threshold=0.03, encode_example=True)
-        encoding.append(time.perf_counter() - start)
-    step, bank = statistics.median(times[1:]), statistics.median(encoding[1:])
-    return {"examples_per_second": 32 / (step + bank), "step_s": step, "encode_batch_s": bank}
-
-
-# ------------------------------------------------------------------- single measures
-
-
-def tokenising(options):
+def tokenising(options, folder):
     """WordPiece on one core against the tokenizers library on one core: ratio of examples/s."""
     from tokenizers import BertWordPieceTokenizer
-    from data_glue import encode_rows  # not in every older commit
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     examples = load(options.task, "train", options.data_dir)
-    vocab = str(Path(options.model) / "vocab.txt")
-    texts = [e.text_a if e.text_b is None else (e.text_a, e.text_b) for e in examples]
-    ratios = []
+    texts = [a if b is None else (a, b) for a, b, _ in examples]
+    vocab, ratios = str(Path(options.model) / "vocab.txt"), []
     for _ in range(3):
         start = time.perf_counter()
-        encode_rows(examples, WordPiece(vocab), 128)
+        encode_task(examples, WordPiece(vocab), 128)
         middle = time.perf_counter()
         theirs = BertWordPieceTokenizer(vocab)
         theirs.enable_truncation(128)
@@ -275,140 +273,58 @@ def tokenising(options):
     return {"ratio": statistics.median(ratios), "examples": len(examples)}
 
 
-def growth(options):
-    """Milliseconds of a pruning step for growing training sets, all rows of 16 tokens."""
-    cap_min.tune_cpu()
-    args, model, _ = setup(argparse.Namespace(**{**vars(options), "rows": 64}))
-    cap_min.add_masks(model, "magnitude")
-    device, result = model.classifier.weight.device, {}
-    for rows in (1_000, 10_000, 100_000, 400_000):
-        data = Encoded(torch.randint(1000, 30000, (rows * 16,), dtype=torch.int32),
-                       torch.arange(rows + 1) * 16, torch.full((rows,), 16),
-                       torch.arange(rows) % model.config.num_labels)
-        banks = cap_min.Banks(["prc", "snc", "fic"], device)
-        for name, place in (("prc", 0), ("fic", 0), ("snc", 0), ("snc", 1)):
-            banks.add(name, torch.randn(rows, model.config.hidden_size, device=device), place)
-        result[rows] = step_ms(args, model, data, banks)
-    return result
+# ---------------------------------------------------------------------------- record
+
+SIDES = {"transformers": transformers_side, "dense": dense_side, "prune": prune_side}
 
 
-def step_ms(args, model, data, banks, count=60):
-    """Median of the first `count` steps of `cap_min.train` with every term."""
-    device, times = model.classifier.weight.device, []
-    labels, logits = data.labels.to(device), torch.randn(len(data), 3, device=device)
-    logits = logits[:, :model.config.num_labels]
-
-    class Enough(Exception):
-        pass
-
-    def terms(student, pooled, batch, chance):
-        extra = chance.choice(len(data), min(args.extra, len(data)), replace=False)
-        return cap_min.cap_terms(student, pooled, batch, logits, banks, labels,
-                                 torch.from_numpy(extra).to(device), args)
-
-    def set_density(step, total):
-        times.append(clock())
-        if len(times) > count:
-            raise Enough
-        cap_min.set_masks(model, 0.03)
-        return 0.03
-
-    epochs = -(-count * args.batch_size // len(data)) + 1
-    try:
-        cap_min.train(model, data, terms, args, lambda entry: None, epochs, set_density)
-    except Enough:
-        pass
-    return 1e3 * statistics.median(np.diff(times)[10:])
+def print_side(options):
+    """Measure one side, in this process, and print what was found as the last line."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        result = {**SIDES, "tokenising": tokenising}[options.side](options, folder)
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    result["peak_memory_bytes"] = cap_min.peak_memory(device)
+    if device.type == "cuda" and "tflops" in result:
+        result["share_of_peak"] = result["tflops"] / peak_tflops()
+    print(json.dumps(result))
 
 
-def start_up(options):
-    """Seconds from `python cap_min.py` on 20,000 rows to the end of its first training step."""
-    times = []
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "log.jsonl"
-            start = time.perf_counter()
-            process = subprocess.Popen(
-                [sys.executable, str(ROOT / "cap_min.py"), "--task", options.task, "--model",
-                 options.model, "--data-dir", options.data_dir, "--max-train", "20000",
-                 "--out", folder], stdout=subprocess.DEVNULL)
-            while not (log.exists() and '"step"' in log.read_text()):
-                time.sleep(0.02)
-            times.append(time.perf_counter() - start)
-            process.kill()
-            process.wait()
-    return {"seconds": statistics.median(times[1:])}  # the first one warms the machine's caches
+def measure(side, task):
+    """What a process of its own finds for one side."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--task", task]
+    done = subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE)
+    line = done.stdout.splitlines()[-1]
+    print(task, side, line, flush=True)
+    return json.loads(line)
 
 
-SIDES = {"transformers": transformers_side, "dense": dense_side, "prune": prune_side,
-         "published": published_side, "tokenising": tokenising, "growth": growth,
-         "start_up": start_up}
+def medians(results):
+    """The results of several repeats as one, with the median of each number."""
+    if isinstance(results[0], dict):
+        return {name: medians([result[name] for result in results]) for name in results[0]}
+    return statistics.median(results)
 
 
-# ------------------------------------------------------------------------------ table
-
-
-def measure(side, options, task, source=ROOT):
-    """Run one side in a process of its own."""
-    python, folder = options.published if side == "published" else (sys.executable, None)
-    command = [python, str(Path(__file__).resolve()), "--side", side, "--task", task]
-    for name in ("rows", "epochs", "warm", "device", "dtype"):
-        command += ["--" + name, str(getattr(options, name))]
-    command += ["--data-dir", options.data_dir] if options.data_dir else []
-    model = options.model if options.model == "base" else str(Path(options.model).resolve())
-    done = subprocess.run([*command, "--model", model], cwd=folder, text=True, check=True,
-                          stdout=subprocess.PIPE, env={**os.environ, "CAP_SOURCE": str(source)})
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(task, side, "before" if source != ROOT else "", json.dumps(result), flush=True)
-    return result
-
-
-class Sitting:
-    """Results on disk as soon as they are there: what was cut off goes on with them, if the program
-    and its options are the same."""
-
-    def __init__(self, path, settings):
-        self.path, self.done = path, {"settings": settings}
-        if path.exists():
-            done = json.loads(path.read_text(encoding="utf-8"))
-            self.done = done if done["settings"] == settings else self.done
-
-    def result(self, name, work):
-        if name not in self.done:
-            self.done[name] = work()
-            cap_min.write_json(self.done, self.path)
-        return self.done[name]
-
-
-def compare(options, task, sitting):
-    """Medians over the repeats, of the speeds and of their ratios."""
-    sides = ["transformers", "dense", "prune"]
-    sides += ["published"] if options.published and task == "sst2" else []
-    few = argparse.Namespace(**{**vars(options), "epochs": 3})  # enough for a profile
-    before = options.before and sitting.result(
-        f"{task}, before", lambda: measure("prune", few, task, options.before))
-    repeats = [sitting.result(f"{task}, repeat {repeat}",
-                              lambda: {side: measure(side, options, task) for side in sides})
-               for repeat in range(options.repeats)]
-    last = repeats[-1]["prune"]
-
-    def median(value):
-        return statistics.median(value(repeat) for repeat in repeats)
-
-    return {
-        "examples_per_second": {s: median(lambda r: r[s]["examples_per_second"]) for s in sides},
-        "prune_against": {s: median(lambda r: r["prune"]["examples_per_second"]
-                                    / r[s]["examples_per_second"]) for s in sides if s != "prune"},
-        "peak_memory_bytes": {s: median(lambda r: r[s]["peak_memory_bytes"]) for s in sides},
-        "bank_bytes": last["bank_bytes"], "encoder_tflops": repeats[-1]["dense"]["encoder_tflops"],
-        "parts_ms": {name: median(lambda r: r["prune"]["parts_ms"][name])
-                     for name in last["parts_ms"]},
-        "before": before,
-        "contrastive_ms": median(lambda r: r["prune"]["contrastive_ms"]),
-        "snapshot_of_epoch": median(lambda r: r["prune"]["snapshot_of_epoch"])}
+def compare(options, task):
+    """The figures of one task. That of `prune_against` is the median of the repeats' ratios."""
+    repeats = []
+    for _ in range(options.repeats):
+        found = {side: measure(side, task) for side in SIDES}
+        for side in ("transformers", "dense"):
+            found[side]["prune_against"] = (found["prune"]["examples_per_second"]
+                                            / found[side]["examples_per_second"])
+        repeats.append(found)
+    found = medians(repeats)
+    figures = {name: found["prune"][name] for name in ("bank_bytes", "parts_ms", "contrastive_ms",
+                                                       "snapshot_of_epoch")}
+    for name in ("examples_per_second", "prune_against", "peak_memory_bytes", "tflops",
+                 "share_of_peak"):
+        figures[name] = {side: found[side][name] for side in SIDES if name in found[side]}
+    return figures
 
 
 def processor():
+    """The name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -428,35 +344,30 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--before", type=Path, metavar="FOLDER")
-    parser.add_argument("--published", nargs=2, metavar=("PYTHON", "FOLDER"))
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "throughput.json")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--task", default="sst2", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        result = SIDES[options.side](options)
-        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-        print(json.dumps({**result, "peak_memory_bytes": cap_min.peak_memory(device)}))
+    if options.side is not None:
+        print_side(options)
         return
-    preloaded = "".join(f", {Path(name).name}" for name in os.environ.get("LD_PRELOAD", "").split())
-    settings = {"machine": f"{processor()}, {os.cpu_count()} cores{preloaded}",
-                "python": platform.python_version(), "torch": torch.__version__,
-                "transformers": __import__("transformers").__version__,
-                "source_sha256": hashlib.sha256(b"".join(
-                    (ROOT / name).read_bytes()
-                    for name in ("bert_min.py", "data_glue.py", "cap_min.py"))).hexdigest(),
-                "config": {key: value for key, value in vars(options).items()
-                           if key in ("rows", "epochs", "warm", "repeats", "device", "dtype")}}
-    sitting = Sitting(options.out.with_suffix(".partial.json"), settings)
-    record = {"date": str(date.today()), **settings,
-              "tasks": {task: compare(options, task, sitting) for task in options.tasks}}
+    # what is measured, and where
+    args, device = settle(options, "")
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    source = b"".join((ROOT / name).read_bytes()
+                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
+    config = {"model": options.model, "rows": options.rows, "epochs": options.epochs,
+              "warm": options.warm, "repeats": options.repeats, "device": device.type,
+              "dtype": args.dtype}
+    record = {"date": str(date.today()), "machine": machine, "python": platform.python_version(),
+              "torch": torch.__version__, "source_sha256": hashlib.sha256(source).hexdigest(),
+              "transformers": importlib.metadata.version("transformers"), "config": config,
+              "tasks": {task: compare(options, task) for task in options.tasks}}
     if options.model != "base":
-        record |= {name: {task: sitting.result(f"{task}, {name}", lambda: measure(
-            name, options, task)) for task in options.tasks} for name in ("tokenising", "start_up")}
-        record["growth"] = sitting.result("growth", lambda: measure("growth", options, "sst2"))
+        record["tokenising"] = {task: measure("tokenising", task) for task in options.tasks}
     cap_min.write_json(record, options.out)
-    sitting.path.unlink()
 
 
 if __name__ == "__main__":

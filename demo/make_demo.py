@@ -3,7 +3,6 @@ a three-way inference task that asks for what only the corpus tells. All follows
 
 Run:   python demo/make_demo.py             writes demo/*.tsv and, in 10 minutes, demo/model/
        python demo/make_demo.py --data      writes demo/*.tsv alone
-       python demo/make_demo.py --corpus    prints the two corpora instead, a passage a line
 
 The world has animals, each with a name, a kind and its class, a colour, a home, a food and, as
 every animal of its kind, a prey. The corpus states these facts again and again. The task says what
@@ -16,7 +15,6 @@ import argparse
 import itertools
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -28,7 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, save_safetensors  # noqa: E402
-from data_glue import TASKS, Example, WordPiece, batches, encode_task, save_tokenizer  # noqa: E402
+from data_glue import TASKS, Example, WordPiece, batches, encode_task, inputs, move  # noqa: E402
+from data_glue import save_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------- world
 
@@ -54,8 +53,9 @@ def make_world(seed=0):
     world = {}
     for name in rng.sample(names, ANIMALS):
         kind = rng.choice(KINDS)
-        world[name] = {"kind": kind, "class": KIND_CLASS[kind], "prey": PREY[kind],
-                       **{fact: rng.choice(VALUES[fact]) for fact in ("colour", "home", "food")}}
+        world[name] = {"kind": kind, "class": KIND_CLASS[kind], "prey": PREY[kind]}
+        for fact in ("colour", "home", "food"):
+            world[name][fact] = rng.choice(VALUES[fact])
     return world
 
 
@@ -148,13 +148,13 @@ def question(world, names, rng):
         while value == world[name][fact] and asked == doing:
             asked = situation(rng)
     words = description(fact, value)
-    return (f"{name} {doing} .", f"{'no' if negated else article(words)} {words} {asked} .", label)
+    some = "no" if negated else article(words)
+    return f"{name} {doing} .", f"{some} {words} {asked} .", label
 
 
 def make_task(world, rows, seed=0):
     """{split: rows of (premise, hypothesis, label)}, no row twice. rows: {split: how many}."""
-    names, found = list(world), {}
-    taken = set()
+    names, taken, found = list(world), set(), {}
     for split, count in rows.items():
         rng = random.Random(f"{split} {seed}")
         group = names[SEEN:] if split == "dev_unseen" else names[:SEEN]
@@ -170,14 +170,13 @@ def make_task(world, rows, seed=0):
 def right_without_facts(examples):
     """Share of examples that are labelled rightly by one who knows no animal: neutral where the
     hypothesis has another situation than the premise, else contradiction where it denies."""
-    def guess(premise, hypothesis):
+    words, right = TASKS["demo"].words, 0
+    for premise, hypothesis, label in examples:
+        guess = "contradiction" if hypothesis.startswith("no ") else "entailment"
         if premise.split()[1:] != hypothesis.split()[-5:]:
-            return "neutral"
-        return "contradiction" if hypothesis.startswith("no ") else "entailment"
-
-    words = TASKS["demo"].words
-    hits = [guess(premise, hypothesis) == words[label] for premise, hypothesis, label in examples]
-    return sum(hits) / len(hits)
+            guess = "neutral"
+        right += guess == words[label]
+    return right / len(examples)
 
 
 def write_task(world, folder):
@@ -216,10 +215,7 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
     parameters = [*model.parameters(), *head.parameters(), bias]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     plan = [(corpus, epoch) for corpus, count in zip(data, epochs) for epoch in range(count)]
-    total = sum(-(-len(corpus) // batch_size) for corpus, _ in plan)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cap_min.linear_lr(step, total, total // 10))
-    start, step = time.perf_counter(), 0
+    total, step = sum(-(-len(corpus) // batch_size) for corpus, _ in plan), 0
 
     def guess(hidden):
         return (head(hidden) @ model.bert.embeddings.word_embeddings.weight.T).float() + bias
@@ -227,26 +223,24 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
     model.eval()
     for corpus, epoch in plan:
         for batch in batches(corpus, batch_size, 0, epoch):
+            optimizer.param_groups[0]["lr"] = lr * cap_min.linear_lr(step, total, total // 10)
             ids, hidden = hide(batch["input_ids"], mask_id, size, share)
             hidden &= (batch["labels"] == 0)[:, None]  # only what fits together teaches facts
             wanted = batch["input_ids"][hidden].to(device)
-            batch, hidden = cap_min.move({**batch, "input_ids": ids}, device), hidden.to(device)
+            batch, hidden = move({**batch, "input_ids": ids}, device), hidden.to(device)
             with cap_min.autocast(device, dtype):
-                tokens, pooled = model.bert(*cap_min.inputs(batch))
+                tokens, pooled = model.bert(*inputs(batch))
                 words, follows = guess(tokens[hidden]), model.classifier(pooled)
             losses = (F.cross_entropy(words, wanted),
                       F.cross_entropy(follows.float(), batch["labels"]))
             sum(losses).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
             step += 1
             if step % 100 == 0:
-                right = (follows.argmax(1) == batch["labels"]).float().mean().item()
-                left = (time.perf_counter() - start) / step * (total - step)
                 print(f"step {step}/{total} | words {losses[0].item():.2f} | next sentence "
-                      f"{losses[1].item():.2f}, {right:.0%} right | {left:.0f} s left", flush=True)
+                      f"{losses[1].item():.2f}", flush=True)
     return guess
 
 
@@ -258,31 +252,18 @@ def facts_guessed(model, guess, world, tokenizer, device):
     for name, facts in world.items():
         for fact, value in facts.items():
             ids, _ = tokenizer.encode(f"{name} {predicate(fact, value)} .")
-            place = ids.index(tokenizer.vocab[value])
-            ids[place] = tokenizer.vocab["[MASK]"]
-            logits = guess(model.bert(torch.tensor([ids], device=device))[0][0, place])
+            position = ids.index(tokenizer.vocab[value])
+            ids[position] = tokenizer.vocab["[MASK]"]
+            logits = guess(model.bert(torch.tensor([ids], device=device))[0][0, position])
             right.append(value == max(VALUES[fact], key=lambda v: logits[tokenizer.vocab[v]]))
     return sum(right) / len(right)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--corpus", action="store_true", help="print the corpora")
-    parser.add_argument("--data", action="store_true", help="write the task, leave the model")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
-    options = parser.parse_args()
-    world = make_world()
-    corpora = [make_corpus(world, 50_000, 0), make_corpus(world, 50_000, 1, strangers=0.5)]
-    if options.corpus:
-        for first, second, stranger in itertools.chain(*corpora):
-            print(first, second, "(a stranger)" if stranger else "")
-        return
-    write_task(world, options.out)
-    if options.data:
-        return
-
+def make_model(world, folder):
+    """Pre-train the demo's model on two corpora, one after the other, and write it."""
     cap_min.tune_cpu()
-    folder, vocabulary = options.out / "model", make_vocabulary(corpora[0])
+    corpora = [make_corpus(world, 50_000, 0), make_corpus(world, 50_000, 1, strangers=0.5)]
+    vocabulary = make_vocabulary(corpora[0])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     tokenizer = WordPiece(folder / "vocab.txt")
@@ -294,13 +275,23 @@ def main():
                         initializer_range=0.06)
     model = BertClassifier(config).to(device)
     data = [encode_task(corpus, tokenizer, config.max_position_embeddings) for corpus in corpora]
-    guess = pretrain(model, data, (4, 9), device, args.compute_dtype)
+    guess = pretrain(model, data, (4, 9), device, args.dtype)
     share = facts_guessed(model, guess, world, tokenizer, device)
     print(f"facts that the model guesses: {share:.1%}")
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
     config.to_json(folder / "config.json")
     save_safetensors({name: tensor.half() for name, tensor in model.state_dict().items()
                       if not name.startswith("classifier.")}, folder / "model.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", action="store_true", help="write the task, leave the model")
+    options = parser.parse_args()
+    world = make_world()
+    write_task(world, HERE)
+    if not options.data:
+        make_model(world, HERE / "model")
 
 
 if __name__ == "__main__":

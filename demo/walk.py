@@ -7,6 +7,7 @@ Run:   python demo/walk.py > demo/README.md        some seconds"""
 import contextlib
 import copy
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -18,35 +19,38 @@ sys.path.insert(0, str(HERE.parent))
 
 import cap_min  # noqa: E402
 from bert_min import from_pretrained  # noqa: E402
-from data_glue import TASKS, load, load_tokenizer  # noqa: E402
+from data_glue import TASKS, batches, encode_task, inputs, load, load_tokenizer  # noqa: E402
 
-ROWS, NAME, KEPT, ANCHOR = 1024, "bert.encoder.layer.0.attention.self.query", 0.5, 0
+ROWS, NAME, DENSITY, ANCHOR = 1024, "bert.encoder.layer.0.attention.self.query", 0.5, 0
 WORDS = TASKS["demo"].words
+TITLES = {"prc": "PrC", "snc": "SnC", "fic": "FiC", "ce": "cross-entropy", "kd": "distillation"}
 
 
-def prepare():
-    """Everything that is there before the step: (args, rows, data, masked model, banks, teacher's
-    logits). The teacher has seen the rows twice, the model once, still with all its weights."""
-    args = cap_min.parse(["--device", "cpu", "--dtype", "fp32", "--epochs", "2"])
-    cap_min.choose_device(args)
+def prepare(folder):
+    """Everything that is there before the step: (args, rows, data, masked model, ancestors). The
+    teacher has seen the rows twice, the model once, still with all its weights."""
+    args = cap_min.parse(["--device", "cpu", "--dtype", "fp32", "--epochs", "2", "--sparsity", "0",
+                          "--out", folder])
+    device = cap_min.choose_device(args)
     torch.manual_seed(0)
     rows = load("demo", "train")[:ROWS]
     model = from_pretrained(args.model, len(WORDS))
-    data = cap_min.encode_task(rows, load_tokenizer(args.model), args.max_length)
+    data = encode_task(rows, load_tokenizer(args.model), args.max_length)
+    cap_min.settle_schedule(args, ROWS)
+    run = cap_min.Run(args, data.sha256())
+    run.begin()
+    # the teacher, and what it and the pre-trained model make of the rows
     teacher = copy.deepcopy(model)
-    cap_min.train_teacher(args, data, teacher, lambda entry: None)
-    banks, teacher_logits = cap_min.first_banks(args, data, model, teacher)
-    cap_min.add_masks(model, "magnitude")
-
-    def loss_terms(logits, pooled, batch, chance):
-        return cap_min.cap_terms(logits, pooled, batch, teacher_logits, banks, data.labels,
-                                 torch.arange(ROWS), args)
-
-    cap_min.train(model, data, loss_terms, args, lambda entry: None, epochs=1,
-                  set_density=lambda step, total: 1.0)
-    banks.add("snc", cap_min.encode(model, data))
-    cap_min.set_masks(model, KEPT)
-    return args, rows, data, model.eval(), banks, teacher_logits
+    cap_min.train(run, teacher, data)
+    cap_min.store_ancestors(run, data, model, teacher)
+    ancestors = cap_min.load_ancestors(run, data, device)
+    # the model's first epoch, and a snapshot of it
+    cap_min.add_masks(model, args.score_init)
+    args.epochs, run.stage, run.epoch = 1, 0, 0
+    cap_min.train(run, model, data, ancestors, {})
+    cap_min.add_snapshot(run, data, model, ancestors)
+    cap_min.set_masks(model, DENSITY)
+    return args, rows, data, model.eval(), ancestors
 
 
 def paragraph(text):
@@ -57,111 +61,115 @@ def paragraph(text):
 
 def table(*rows):
     """A table whose first row is its heading."""
-    rows = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([rows[0], "|---" * (rows[0].count("|") - 1) + "|", *rows[1:]])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
 
 
-def numbers(values, digits=2):
-    return " ".join(f"{value:.{digits}f}" for value in values)
+def numbers(values):
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def show(example):
     return f"{example.text_a}  {example.text_b}  -> {WORDS[example.label]}"
 
 
-def mask_section(model):
-    layer = model.get_submodule(NAME)
-    scores, some = layer.scores.detach(), slice(0, 8)
-    k, smallest = round(KEPT * scores.numel()), scores[layer.mask].min().item()
-    text = paragraph(f"""`set_masks` keeps, in this step, {100 * KEPT:g} % of each matrix. `{NAME}`
-        has {scores.size(0)} x {scores.size(1)} weights, so k = round({KEPT} x {scores.numel():,}) =
-        {k:,}; the k-th largest score is {smallest:.3f}. Its first row begins""")
+def mask_section(mask, weight):
+    """mask: the `Mask` of one layer; weight: its W."""
+    scores, k = mask.scores.detach(), round(DENSITY * weight.numel())
+    text = paragraph(f"""`set_masks` keeps, in this step, {100 * DENSITY:g} % of each matrix.
+        `{NAME}` has {weight.size(0)} x {weight.size(1)} weights, so k = round({DENSITY} x
+        {weight.numel():,}) = {k:,}; the k-th largest score is {scores[mask.mask].min():.3f}. Its
+        first row begins""")
+    masked = weight * mask.mask + 0.0  # of which no 0 is -0
     return f"""## 1. One mask, eq. (1)
 
 {text}
 
-    weights W      {numbers(layer.weight[0, some].tolist(), 3)}
-    scores S       {numbers(scores[0, some].tolist(), 3)}
-    mask M         {' '.join(str(int(bit)) for bit in layer.mask[0, some])}
-    W' = W * M     {numbers((layer.weight * layer.mask + 0.0)[0, some].tolist(), 3)}
+    weights W      {numbers(weight[0, :8])}
+    scores S       {numbers(scores[0, :8])}
+    mask M         {' '.join(str(int(bit)) for bit in mask.mask[0, :8])}
+    W' = W * M     {numbers(masked[0, :8])}
 
 The scores started at |W| / std(W), as in every short run, and have moved for one epoch."""
 
 
 def anchor_section(rows, q, banks, index, extra):
-    own = index[ANCHOR]
-    ancestors = (("PrC", "pre-trained"), ("SnC", "itself, a moment ago, with all weights"),
-                 ("FiC", "fine-tuned"))
-    cosines = (q[ANCHOR] @ banks.bank[name.lower()][0][own].float() for name, _ in ancestors)
-    lines = [(*both, f"{cosine.item():.3f}") for both, cosine in zip(ancestors, cosines)]
+    own, lines = index[ANCHOR], [("bank", "ancestor", "q . b")]
+    ancestors = {"prc": "pre-trained", "snc": "itself, a moment ago, with all weights",
+                 "fic": "fine-tuned"}
+    for name, ancestor in ancestors.items():
+        cosine = q[ANCHOR] @ banks[name][0][own].float()
+        lines.append((TITLES[name], ancestor, f"{cosine:.3f}"))
     text = paragraph(f"""In each bank (`contrastive_loss` is called once for each) the anchor meets
         the {len(index) - 1} other anchors of the batch, the ancestor's vectors of the batch's
         {len(index)} examples, and those of the examples E that were drawn. Here E is the whole
         training set, {len(extra):,} rows, so that the batch's own occur twice.""")
     return f"""## 2. One anchor and its candidates, eq. (4)
 
-The first of the batch's {len(index)} examples is row {int(own)} of the training set:
+The first of the batch's {len(index)} examples is row {own} of the training set:
 
     {show(rows[own])}
 
 Its pooled vector, divided by its length, is the anchor q. What the ancestors made of the same
 example, by the cosine with q:
 
-{table(("bank", "ancestor", "q . b"), *lines)}
+{table(*lines)}
 
 {text}"""
 
 
-def positives_section(args, rows, data, q, banks, index, extra):
-    bank_rows = torch.cat([index, extra])
-    vectors = banks.bank["prc"][0][bank_rows].float()
-    candidates = torch.cat([q, vectors])  # (C, D)
-    row_of = torch.cat([index, bank_rows])  # of each candidate
-    s = candidates @ q[ANCHOR] / args.temperature
+def positives_section(args, rows, data, q, bank, index, extra):
+    # the candidates, which rows they are of, and the anchor's log p of each
+    drawn = torch.cat([index, extra])
+    row_of, candidates = torch.cat([index, drawn]), torch.cat([q, bank[drawn].float()])
+    cosines = candidates @ q[ANCHOR]  # (C,)
+    s = cosines / args.temperature
     s[ANCHOR] = -torch.inf  # not itself
     log_p = s.log_softmax(0)
-    own, label = int(index[ANCHOR]), int(data.labels[index[ANCHOR]])
-    same = row_of == own
-    alike = data.labels[row_of] == label
-    same[ANCHOR] = alike[ANCHOR] = False
-    own_s = s[same][0].item()
-    lines = []
-    for name, among in (("other", ~alike), ("same", alike & ~same)):
-        i = int(torch.where(among, s, -torch.inf).argmax())
+    # the positives among them
+    label, labels = data.labels[index[ANCHOR]], data.labels[row_of]
+    same_example, same_label = row_of == index[ANCHOR], labels == label
+    same_example[ANCHOR] = same_label[ANCHOR] = False
+    # the nearest of the others
+    lines = [("candidate", "cosine", "example")]
+    for name, among in (("other", labels != label), ("same", same_label & ~same_example)):
+        i = torch.where(among, s, -torch.inf).argmax()
         where = "the batch" if i < len(q) else "the bank"
-        lines.append((f"{name} label, in {where}", f"{s[i].item() * args.temperature:.3f}",
-                      show(rows[int(row_of[i])])))
+        lines.append((f"{name} label, in {where}", f"{cosines[i]:.3f}", show(rows[row_of[i]])))
+    own_s, own_log_p = s[same_example][0], log_p[same_example][0]
     first = paragraph(f"""Positives of L^u are the pre-trained vectors of this very example:
-        {int(same.sum())} of {len(s) - 1:,} candidates, since E has it too. With
+        {same_example.sum()} of {len(s) - 1:,} candidates, since E has it too. With
         s = q . b / tau = {own_s:.2f},""")
-    last = paragraph(f"""Positives of L^s are the {int(alike.sum()):,} candidates with the label
-        "{WORDS[label]}"; the mean of their log p is {log_p[alike].mean().item():.2f}. All with
+    last = paragraph(f"""Positives of L^s are the {same_label.sum():,} candidates with the label
+        "{WORDS[label]}"; the mean of their log p is {log_p[same_label].mean():.2f}. All with
         another label are negatives of both.""")
     return f"""## 3. Its positives and negatives in PrC, eq. (5) and (6)
 
 {first}
 
     log p = s - log(sum of exp s over all candidates)
-          = {own_s:.2f} - {s.logsumexp(0).item():.2f} = {log_p[same][0].item():.2f}
+          = {own_s:.2f} - {s.logsumexp(0):.2f} = {own_log_p:.2f}
 
 The nearest candidate of another label, and the nearest of the same that is another example:
 
-{table(("candidate", "cosine", "example"), *lines)}
+{table(*lines)}
 
 {last}"""
 
 
-def loss_section(args, batch, pooled, logits, banks, teacher_logits, labels, extra):
-    title = {"prc": "PrC", "snc": "SnC", "fic": "FiC", "ce": "cross-entropy", "kd": "distillation"}
-    own, rows = labels[batch["index"]], []
-    for name, bank in banks.items():
-        given = pooled, batch["index"], own, bank, labels, extra, args.temperature
+def loss_section(args, batch, pooled, logits, ancestors, extra):
+    labels = ancestors.labels
+    losses = [("bank", "L^u", "L^s", "L^u, SupCon", "L^s, SupCon")]
+    for name, bank in ancestors.banks.items():
+        given = pooled, batch["index"], batch["labels"], bank, labels, extra, args.temperature
         values = [*cap_min.contrastive_loss(*given), *cap_min.contrastive_loss(*given, "supcon")]
-        rows.append((title[name], *(f"{value.item():.4f}" for value in values)))
-    terms = cap_min.cap_terms(logits, pooled, batch, teacher_logits, banks, labels, extra, args)
+        losses.append((TITLES[name], *(f"{value:.4f}" for value in values)))
+    terms = cap_min.cap_terms(logits, pooled, batch, ancestors, extra, args)
     shares = cap_min.gradient_shares(terms, pooled)
-    values = [(title[name], f"{term.item():.3f}", f"{shares[name]:.2f}")
-              for name, term in terms.items()]
+    weighted = [("term", "value", "share of the gradient on the pooled vectors")]
+    for name, term in terms.items():
+        weighted.append((TITLES[name], f"{term:.3f}", f"{shares[name]:.2f}"))
     total = sum(terms.values())
     total.backward()
     text = paragraph(f"""SupCon's form divides by the number of anchors instead. The more positives,
@@ -173,33 +181,31 @@ def loss_section(args, batch, pooled, logits, banks, teacher_logits, labels, ext
 For each anchor, the mean of log p over its positives; these means, summed over the anchors, divided
 by the number of positives of all anchors, with the sign changed:
 
-{table(("bank", "L^u", "L^s", "L^u, SupCon", "L^s, SupCon"), *rows)}
+{table(*losses)}
 
 {text}
 
-{table(("term", "value", "share of the gradient on the pooled vectors"), *values)}
+{table(*weighted)}
 
-The loss is their sum, {total.item():.3f}."""
+The loss is their sum, {total:.3f}."""
 
 
-def gradient_section(layer, x, grad_output):
-    """x, grad_output: what went into the layer, and the gradient that came back to its output."""
-    weight, scores = layer.weight, layer.scores
-    of_masked = grad_output.flatten(0, 1).T @ x.flatten(0, 1)  # dL/dW', (out, in)
-    lines = []
-    for what, growth in (("kept", layer.mask[0] * scores.grad[0].abs()),
-                         ("pruned", ~layer.mask[0] * -scores.grad[0])):
-        i = int(growth.argmax())
-        gradients = (grad[0, i].item() for grad in (of_masked, weight.grad, scores.grad))
-        lines.append((f"{what}, W[0, {i}] = {weight[0, i].item():.3f}",
+def gradient_section(mask, weight, of_masked):
+    """of_masked: dL/dW'; the gradients of `weight` and of the mask's scores are there."""
+    to_scores = mask.scores.grad[0]
+    lines = [("weight", "dL/dW'", "dL/dW = dL/dW' * M", "dL/dS = dL/dW' * W")]
+    for what, growth in (("kept", mask.mask[0] * to_scores.abs()),
+                         ("pruned", ~mask.mask[0] * -to_scores)):
+        i = growth.argmax()
+        gradients = of_masked[0, i], weight.grad[0, i], to_scores[i]
+        lines.append((f"{what}, W[0, {i}] = {weight[0, i]:.3f}",
                       *(f"{1e3 * value + 0.0:.3f}" for value in gradients)))
-    heading = "weight", "dL/dW'", "dL/dW = dL/dW' * M", "dL/dS = dL/dW' * W"
     return f"""## 5. Back to the weights and the scores, eq. (2)
 
 `StraightThrough`. Of the first row of the same matrix, the kept weight whose score has the largest
 gradient, and the pruned one whose score grows most; all gradients times 1,000:
 
-{table(heading, *lines)}
+{table(*lines)}
 
 The pruned weight gets no gradient (Adam's momentum may still move it, which is why the export is
 W * M). Its score does: dL/dS is negative, so the score grows, and the weight can come back. That is
@@ -210,35 +216,40 @@ def walk():
     """The text of demo/README.md."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums, and so the last digits, depend on how work is split
-    with contextlib.redirect_stdout(sys.stderr):
-        args, rows, data, model, banks, teacher_logits = prepare()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with contextlib.redirect_stdout(sys.stderr):
+            args, rows, data, model, ancestors = prepare(folder)
     torch.set_num_threads(threads)
-    batch = next(cap_min.batches(data, args.batch_size, args.seed))
-    extra = torch.arange(ROWS)  # fewer rows than --extra: all are drawn
-    layer, passed = model.get_submodule(NAME), []
+    # the step
+    batch = next(batches(data, args.batch_size, args.seed))
+    index, extra = batch["index"], torch.arange(ROWS)  # fewer rows than --extra: all are drawn
+    parametrized = model.get_submodule(NAME).parametrizations.weight
+    mask, weight = parametrized[0], parametrized.original
+    gradients = []  # dL/dW', once there is one
 
-    def watch(module, given, output):
-        passed.append(given[0].detach())
-        output.register_hook(passed.append)  # its gradient, once there is one
+    def watch(module, given, masked):
+        masked.register_hook(gradients.append)
 
-    layer.register_forward_hook(watch)
-    logits, pooled = model(*cap_min.inputs(batch))
-    q, index = F.normalize(pooled.detach(), dim=1), batch["index"]
+    mask.register_forward_hook(watch)
+    logits, pooled = model(*inputs(batch))
+    q = F.normalize(pooled.detach(), dim=1)
+    # what there is to tell of it
     start = paragraph(f"""The first {ROWS:,} rows of `train.tsv` are the training set here. They ask
         for facts about animals, which the pre-training corpus told
         ([make_demo.py](make_demo.py)):""")
     before = paragraph(f"""Before the step there are the pre-trained model, a teacher fine-tuned for
         two epochs, and a snapshot of the model itself after its first epoch, still with all
         weights. Each has encoded all rows once; these unit vectors are the banks PrC, FiC and SnC.
-        Now the model is to be trained with {100 * KEPT:g} % of its weights. (A run prunes in small
-        steps, and has dropout on.) Every number is printed by `python demo/walk.py`, and a test
-        compares them.""")
-    return "\n\n".join([
-        "# One step of CAP, with its numbers", start, f"    {show(rows[0])}\n    {show(rows[1])}",
-        before, mask_section(model), anchor_section(rows, q, banks, index, extra),
-        positives_section(args, rows, data, q, banks, index, extra),
-        loss_section(args, batch, pooled, logits, banks, teacher_logits, data.labels, extra),
-        gradient_section(layer, *passed)]) + "\n"
+        Now the model is to be trained with {100 * DENSITY:g} % of its weights. (A run prunes in
+        small steps, and has dropout on.) Every number is printed by `python demo/walk.py`, and a
+        test compares them.""")
+    sections = ["# One step of CAP, with its numbers", start,
+                f"    {show(rows[0])}\n    {show(rows[1])}", before, mask_section(mask, weight),
+                anchor_section(rows, q, ancestors.banks, index, extra),
+                positives_section(args, rows, data, q, ancestors.banks["prc"][0], index, extra),
+                loss_section(args, batch, pooled, logits, ancestors, extra)]
+    sections.append(gradient_section(mask, weight, *gradients))
+    return "\n\n".join(sections) + "\n"
 
 
 if __name__ == "__main__":

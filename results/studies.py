@@ -1,0 +1,372 @@
+"""Studies made of several runs of cap_min.py: methods compared, encoders probed, lists of runs.
+
+Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_min.py]
+          CAP, its ablations and plain pruning on equal data and budget: OUT/compare.md
+      python results/studies.py probe RUN --task rte
+          what the encoders of a finished run know of another task: RUN/probe_rte.json
+      python results/studies.py grid LIST --jobs 2 --minutes 170 --out FOLDER
+          any runs, several at once: FOLDER/grid.md
+The same command after a stop goes on; what is finished is not done again.
+
+LIST has the options of one run a line; # begins a comment. A name and a colon may stand before
+them, else the run has the name that cap_min.py gives its folder: TASK-SPARSITY[...]-seedSEED.
+
+    cap-seed0: --task sst2 --seed 0
+    kd-seed0:  --task sst2 --seed 0 --without prc snc fic --teacher {teacher:cap-seed0}
+
+{teacher:NAME} is the teacher of a run of a line above, which must have ended well. A finished run
+has its record and log in FOLDER/NAME.json and NAME.jsonl; its own folder is FOLDER/work/NAME,
+whatever its --out, and what it printed is in FOLDER/work/NAME.txt."""
+
+import argparse
+import hashlib
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cap_min  # noqa: E402
+from bert_min import from_pretrained, read_json, replacing, write_json  # noqa: E402
+from data_glue import TASKS, load_tokenizer  # noqa: E402
+
+# ----------------------------------------------------------------------------- table
+
+
+def write_table(records, path):
+    """Write and print a table of {run: record}: of each task's scores, in percent, mean and
+    standard deviation over the runs that differ in nothing but "-seedN" at the end of their names,
+    and what they have more than the first ones, with its standard error, over the seeds of both."""
+    tables = {}
+    for name, record in records.items():
+        run = re.sub(r"-seed\d+$", "", name)
+        for metric, value in record["pruned"].items():
+            table = tables.setdefault((record["config"]["task"], metric), {})
+            table.setdefault(run, {})[record["seed"]] = 100 * value
+    lines = ["| task | dev score | run | n | % | minus the first |", "|---|---|---|---|---|---|"]
+    for (task, metric), table in tables.items():
+        first = next(iter(table.values()))
+        for run, scores in table.items():
+            difference = "" if scores is first else paired(scores, first)
+            lines.append(f"| {task} | {metric} | {run} | {len(scores)} | "
+                         f"{spread(list(scores.values()))} | {difference} |")
+    with replacing(path) as file:
+        file.write("\n".join([*lines, ""]).encode())
+    print("", *lines, f"see {path}", sep="\n", flush=True)
+
+
+def spread(values):
+    """Mean, with the standard deviation where there are several values."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def paired(scores, others):
+    """Mean difference of two {seed: score} over their n common seeds, with its standard error."""
+    differences = [scores[seed] - others[seed] for seed in scores if seed in others]
+    count, error = len(differences), ""
+    if count == 0:
+        return "no common seed"
+    if count > 1:
+        error = f" ± {statistics.stdev(differences) / math.sqrt(count):.2f}"
+    return f"{statistics.mean(differences):+.2f}{error} (n = {count})"
+
+
+# --------------------------------------------------------------------------- compare
+
+COMPARED = {  # run: (method, terms left out)
+    "cap": ("movement", []),
+    "cap-no-prc": ("movement", ["prc"]),
+    "cap-no-snc": ("movement", ["snc"]),
+    "cap-no-fic": ("movement", ["fic"]),
+    "movement-kd": ("movement", ["fic", "prc", "snc"]),
+    "movement": ("movement", ["fic", "kd", "prc", "snc"]),
+    "magnitude": ("magnitude", ["fic", "kd", "prc", "snc"]),
+}
+
+
+def compare(args, seeds):
+    """Every run of COMPARED with so many seeds from args.seed on, each seed's with the teacher of
+    its first run; in the table, compare.md, the teachers are the row "dense". ValueError if the
+    method or the terms are given."""
+    if args.without or args.method != "movement":
+        raise ValueError("compare sets --method and --without itself")
+    records, dense = {}, {}
+    for seed in range(args.seed, args.seed + seeds):
+        teacher = args.teacher
+        for name, (method, without) in COMPARED.items():
+            name = f"{name}-seed{seed}"
+            print(f"\n{name}", flush=True)
+            options = {"seed": seed, "teacher": teacher, "method": method, "without": without,
+                       "out": args.out / name}
+            record = cap_min.run(argparse.Namespace(**vars(args) | options))
+            records[name] = record
+            if teacher is None:
+                teacher = str(args.out / name / "teacher")
+        dense[f"dense-seed{seed}"] = record | {"pruned": record["dense"]}
+    write_table(records | dense, args.out / "compare.md")
+
+
+# ----------------------------------------------------------------------------- probe
+
+
+def probe(run, args):
+    """Scores on args.task of a linear classifier on the frozen pooled vectors of three encoders of
+    a finished run, pruned, dense (its teacher) and pre-trained, to RUN/probe_TASK.json. ValueError
+    or FileNotFoundError, before any work, if the run or a model of it is not there."""
+    try:
+        run_config = read_json(run / "record.json")["config"]
+        teacher = run / "teacher"
+        if run_config["teacher"] is not None:
+            teacher = located(run_config["teacher"])
+        folders = {"pruned": run / "model", "dense": teacher,
+                   "pretrained": located(run_config["model"])}
+        args.max_length = run_config["max_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is no finished run with a record.json") from None
+    # models and data
+    args.model, args.dtype = str(run / "model"), "fp32"
+    device = cap_min.choose_device(args)
+    classes = max(1, len(TASKS[args.task].words))
+    models = {name: from_pretrained(folder, classes) for name, folder in folders.items()}
+    tokenizer = load_tokenizer(run / "model")
+    data, dev_sets = cap_min.load_data(args, tokenizer, models["pruned"].config)
+    # a classifier for each encoder
+    scores = {}
+    for name, model in models.items():
+        fit_classifier(model.to(device), data)
+        scores[name] = cap_min.evaluate(model, args.task, dev_sets)
+        print(f"{name}, dev: {cap_min.show_scores(scores[name])}", flush=True)
+    # the record
+    examples = {"train": len(data)}
+    for split, dev in dev_sets.items():
+        examples[split] = len(dev)
+    source = b"".join((ROOT / name).read_bytes() for name in (
+        "bert_min.py", "data_glue.py", "cap_min.py", "results/studies.py"))
+    machine = f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "machine": machine}
+    write_json({"run": run_config, "config": cap_min.run_config(args), "versions": versions,
+                "source_sha256": hashlib.sha256(source).hexdigest(), "train_sha256": data.sha256(),
+                "examples": examples, **scores}, run / f"probe_{args.task}.json")
+
+
+def located(name):
+    """The folder that a record calls `name`, relative to the project, or a model's name."""
+    return ROOT / name if (ROOT / name).exists() else name
+
+
+def fit_classifier(model, data):
+    """Set the model's classifier to the one that minimises the task's loss, with a little L2, on
+    the frozen pooled vectors; it is found by L-BFGS from 0, so there is no chance in it."""
+    pooled = cap_min.encode(model, data)  # (N, D)
+    labels = data.labels.to(pooled.device)
+    for parameter in model.classifier.parameters():
+        torch.nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=500,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = cap_min.task_loss(model.classifier(pooled), labels)
+        value = value + 1e-4 * model.classifier.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+
+
+# ------------------------------------------------------------------------------ grid
+
+COMMAND = [sys.executable, str(ROOT / "cap_min.py")]
+TEACHER = re.compile(r"\{teacher:(.*?)\}")
+GRACE = 10  # seconds that a run has to end after it was told to
+
+
+def read_list(path):
+    """{name: options} of a list's runs. ValueError, naming the line, for what cannot be run."""
+    runs = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        name, text = re.fullmatch(r"(?:(\w[\w.-]*):)?(.*)", line.strip()).groups()
+        try:
+            options = shlex.split(text, comments=True)
+            if name is None and not options:
+                continue
+            args = cap_min.parse(options)
+            name = name or args.out.name
+            if name in runs:
+                raise ValueError(f"a line above is named {name} too")
+            for teacher in teachers(options):
+                if teacher not in runs:
+                    raise ValueError(f"no line above is named {teacher}")
+        except SystemExit:  # argparse has told why
+            raise ValueError(f"{path}, line {number}: no options of cap_min.py") from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        runs[name] = options
+    return runs
+
+
+def teachers(options):
+    """Names of the runs whose teachers a run takes."""
+    return TEACHER.findall(" ".join(options))
+
+
+def grid(path, out, jobs, minutes):
+    """Run what the list at `path` has, `jobs` at once; True if none has failed. After `minutes`, or
+    if this process is interrupted, those that run are stopped; the table is made in any case."""
+    runs = read_list(path)
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    done = {name for name in runs if (out / f"{name}.json").exists()}
+    waiting = [name for name in runs if name not in done]
+    running, failed = {}, set()
+    begin, done_before = time.monotonic(), len(done)
+
+    def tell(what):
+        eta = ""
+        if len(done) > done_before:
+            each = (time.monotonic() - begin) / (len(done) - done_before)
+            left = len(runs) - len(done) - len(failed)
+            eta = f", eta {timedelta(seconds=int(each * left))}"
+        print(f"{what} | {len(done)} of {len(runs)} done{eta}", flush=True)
+
+    try:
+        while (waiting or running) and time.monotonic() < begin + 60 * minutes:
+            # what has ended
+            for name, process in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[name]
+                if status == 0:
+                    collect(name, out)
+                    done.add(name)
+                    tell(f"{name} ended")
+                else:
+                    failed.add(name)
+                    tell(f"{name} failed ({status}): {last_line(name, out)}")
+            # what can begin
+            for name in list(waiting):
+                needed = teachers(runs[name])
+                if failed.intersection(needed):
+                    waiting.remove(name)
+                    failed.add(name)
+                    tell(f"{name} failed: it has no teacher")
+                elif len(running) < jobs and done.issuperset(needed):
+                    waiting.remove(name)
+                    running[name] = start(name, runs[name], out, jobs)
+                    tell(f"{name} begins")
+            time.sleep(0.1)
+        if waiting or running:
+            tell(f"{minutes:g} minutes are over; the same command goes on")
+    finally:
+        stop(running.values())
+        records = {name: read_json(out / f"{name}.json") for name in runs if name in done}
+        write_table(records, out / "grid.md")
+    return not failed
+
+
+def start(name, options, out, jobs):
+    """Begin a run in a process of its own, which has its part of the cores."""
+    work = (out / "work").as_posix()
+    options = [TEACHER.sub(rf"{work}/\1/teacher", option) for option in options]
+    threads = max(1, os.cpu_count() // jobs)
+    with open(f"{work}/{name}.txt", "a") as printed:
+        return subprocess.Popen([*COMMAND, *options, "--out", f"{work}/{name}"], stdout=printed,
+                                stderr=subprocess.STDOUT,
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+
+
+def collect(name, out):
+    """Copy a finished run's log and, last, its record, by which it counts as done."""
+    for source, copy in (("log.jsonl", f"{name}.jsonl"), ("record.json", f"{name}.json")):
+        with replacing(out / copy) as file:
+            file.write((out / "work" / name / source).read_bytes())
+
+
+def last_line(name, out):
+    """The last line that a run has printed."""
+    printed = (out / "work" / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
+    return printed.strip().rpartition("\n")[2]
+
+
+def stop(processes):
+    """End these processes: they are told to, and after GRACE seconds killed."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    """Exit status: 0, 1 if a run of a grid failed, 2 after a one-sentence error, 130 after
+    Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Studies made of several runs of cap_min.py.")
+    studies = parser.add_subparsers(dest="study", required=True)
+    add = studies.add_parser("compare", allow_abbrev=False, help="CAP, its ablations, plain "
+                             "pruning; takes all options of cap_min.py too").add_argument
+    add("--seeds", type=cap_min.count, default=1, help="how many, from --seed on")
+    add("--out", type=Path, help="folder; None: runs/TASK-SPARSITY-compare")
+    add = studies.add_parser("probe", help="linear classifiers on frozen encoders").add_argument
+    add("run", type=Path, help="folder of a finished run")
+    add("--task", choices=TASKS, required=True)
+    add("--data-dir", help="folder with the task's folder; None: downloaded")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
+    add("--max-train", type=cap_min.count, help="training rows; None: all")
+    add = studies.add_parser("grid", help="a list of runs, several at once").add_argument
+    add("list", type=Path, help="file with the options of one run a line")
+    add("--jobs", type=cap_min.count, default=1, help="runs at once")
+    add("--minutes", type=cap_min.rate, default=math.inf, help="after which it ends")
+    add("--out", type=Path, required=True, help="folder")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.study != "compare":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    cap_min.tune_cpu()
+    try:
+        if args.study == "compare":
+            run_args = cap_min.parse(rest)
+            run_args.out = args.out
+            if args.out is None:
+                run_args.out = Path("runs", f"{run_args.task}-{run_args.sparsity:g}-compare")
+            compare(run_args, args.seeds)
+        elif args.study == "probe":
+            run = args.run
+            del args.run, args.study  # what is left is the probe's configuration
+            probe(run, args)
+        else:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops its runs too
+            if not grid(args.list, args.out, args.jobs, args.minutes):
+                return 1
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("error:", (str(error) or "out of memory").splitlines()[0], file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Tests of the pages and of report.py, which makes their tables.
+
+Run:  python -m pytest -q results/test_report.py"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import report  # noqa: E402
+
+import cap_min  # noqa: E402
+
+ROOT = HERE.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OF_OTHER_TOOLS = {"--help", "--no-deps", "--extra-index-url", "--nproc-per-node", "--nnodes",
+                  "--node-rank", "--master-addr"}  # pip's and torchrun's
+
+
+def test_spread():
+    """(1, 3) has mean 2 and standard deviation sqrt(((1 - 2)^2 + (3 - 2)^2) / (2 - 1)) = 1.4; of
+    one value there is none."""
+    assert report.spread([1, 3]) == "2.0 ± 1.4"
+    assert report.spread([68.77]) == "68.8"
+
+
+@pytest.mark.parametrize("change, same", [
+    ({"method": "magnitude", "without": ["prc"], "teacher": "x"}, True), ({"epochs": 2}, False)])
+def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path, monkeypatch):
+    """A record with another method, terms or teacher is taken, one with other epochs is not. The
+    teacher's scores are those of the row "dense"."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    record = json.loads((HERE / "demo" / "cap-seed0.json").read_text())
+    (tmp_path / "x-cap-seed0.json").write_text(json.dumps(record))
+    record["config"] |= change
+    (tmp_path / "x-other-seed0.json").write_text(json.dumps(record))
+    if same:
+        found = report.comparison("x-")
+        assert list(found) == ["cap", "other", "dense"]
+        assert found["dense"][0]["pruned"] == record["dense"]
+    else:
+        with pytest.raises(AssertionError, match="x-other: another setting"):
+            report.comparison("x-")
+
+
+def test_pages_are_current():
+    """The tables are what report.py makes of the records, the code and the tests, and each of them
+    stands in one page."""
+    pages = report.render()
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run python results/report.py"
+    names = re.findall(r"<!-- (.+) -->\n\|", "".join(pages.values()))
+    assert sorted(names) == sorted(report.TABLES)
+
+
+def test_every_equation_has_a_line_and_a_test():
+    for number, lines, tests in report.equations():
+        assert lines and tests, f"eq. ({number})"
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 320
+
+
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: path.parent.name)
+def test_pages_name_only_what_is_there(path):
+    """Every flag is one of a program here, every relative link leads to a file, and to a heading in
+    it."""
+    text = path.read_text(encoding="utf-8")
+    known = set(OF_OTHER_TOOLS)
+    for program in ("cap_min.py", "results/studies.py", "results/report.py", "bench/throughput.py",
+                    "bench/latency.py"):
+        known.update(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text(encoding="utf-8")))
+    assert set(re.findall(r"(?<!-)--[a-z][a-z-]*[a-z]", text)) <= known
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        target, _, heading = link.partition("#")
+        if target.startswith("https:"):
+            continue
+        file = path.parent / target
+        assert file.exists(), link
+        if heading and file.suffix == ".md":
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], link
+
+
+def test_commands_are_understood():
+    """The options that stand behind cap_min.py, and in the table of commands without a program."""
+    lines = re.findall(r"cap_min\.py( --[^#`\n]*)", README)
+    lines += re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)
+    assert len(lines) > 4
+    for line in lines:
+        cap_min.parse(shlex.split(line))
+
+
+def test_exercises_select_tests():
+    tests = re.findall(r"def (test_\w+)", (ROOT / "test_cap_min.py").read_text(encoding="utf-8"))
+    selections = re.findall(r'-k "?([a-z_ ]+)', README.partition("## Exercises")[2])
+    assert len(selections) == 6
+    for selection in selections:
+        for word in selection.split(" or "):
+            assert any(word in test for test in tests), word
+
+
+def test_a_task_of_ones_own(tmp_path):
+    """The script that README shows, on eight sentences, with the demo's model."""
+    script = re.search(r"    import sys\n(    .+\n)+", README)[0]
+    (tmp_path / "mine.py").write_text(script.replace("    ", ""))
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    rows = ["the owl sleeps by the river\t1", "no owl sleeps by the river\t0"] * 4
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    options = ["--model", str(ROOT / "demo" / "model"), "--max-length", "32",
+               "--batch-size", "1", "--epochs", "2"]
+    done = subprocess.run([sys.executable, "mine.py", *options], cwd=tmp_path, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    config = (tmp_path / "runs" / "mine-0.97-seed0" / "model" / "config.json").read_text()
+    assert json.loads(config)["id2label"] == {"0": "no", "1": "yes"}

@@ -1,0 +1,335 @@
+"""Tests of the studies: comparison and probe on a tiny model, the grid with a stand-in for cap_min.
+
+Run:  python -m pytest -q results/test_studies.py"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import studies  # noqa: E402
+
+import cap_min  # noqa: E402
+from bert_min import BertClassifier, BertConfig, from_pretrained, save_pretrained  # noqa: E402
+from data_glue import encode_task, load, load_tokenizer  # noqa: E402
+
+PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film is the !".split()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Folder of a tiny BERT with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save_pretrained(BertClassifier(BertConfig(
+        vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=16, initializer_range=0.1)), folder)
+    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    """A data folder with 88 + 40 sentences for sst2, of many lengths; "good" means positive."""
+    folder = tmp_path_factory.mktemp("glue")
+    (folder / "SST-2").mkdir()
+    for name, count in (("train.tsv", 88), ("dev.tsv", 40)):
+        rows = ["sentence\tlabel"]
+        for i in range(count):
+            rows.append(f"the film {'is ' * (i % 7)}{('bad', 'good')[i % 2]} !\t{i % 2}")
+        (folder / "SST-2" / name).write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, pretrained, glue):
+    """(folder, options) of a finished comparison with one seed."""
+    folder = tmp_path_factory.mktemp("runs") / "compare"
+    options = ["compare", "--task", "sst2", "--sparsity", "0.9", "--model", str(pretrained),
+               "--data-dir", str(glue), "--out", str(folder), "--epochs", "2", "--batch-size", "8",
+               "--max-length", "16", "--device", "cpu", "--dtype", "fp32", "--lr", "1e-2"]
+    assert studies.main(options) == 0
+    return folder, options
+
+
+# ------------------------------------------------------------------- table, compare
+
+
+def test_compare_table(tmp_path, monkeypatch):
+    """Two seeds of runs that score 0.25 and 0.75 where no term is left out, 0.5 elsewhere: the mean
+    of CAP is 50.0, its standard deviation sqrt(2 * 25^2) = 35.4. The others have 25 points more,
+    then 25 less: 0 on average, with the standard error 25 sqrt(2) / sqrt(2). A seed's runs differ
+    in method, terms and folder alone, and all but the first take the first one's teacher."""
+    given = []
+
+    def run(args):
+        given.append(args)
+        score = 0.5 if args.without else {3: 0.25, 4: 0.75}[args.seed]
+        return {"config": {"task": "demo"}, "seed": args.seed, "dense": {"accuracy": 0.9},
+                "pruned": {"accuracy": score}}
+
+    monkeypatch.setattr(cap_min, "run", run)
+    assert studies.main(["compare", "--seeds", "2", "--seed", "3", "--out", str(tmp_path)]) == 0
+    rows = (tmp_path / "compare.md").read_text().splitlines()
+    assert len(rows) == 2 + 7 + 1
+    assert rows[2] == "| demo | accuracy | cap | 2 | 50.0 ± 35.4 |  |"
+    assert rows[3] == "| demo | accuracy | cap-no-prc | 2 | 50.0 ± 0.0 | +0.00 ± 25.00 (n = 2) |"
+    assert rows[9] == "| demo | accuracy | dense | 2 | 90.0 ± 0.0 | +40.00 ± 25.00 (n = 2) |"
+    teachers = [str(tmp_path / f"cap-seed{seed}" / "teacher") for seed in (3, 4)]
+    assert [args.seed for args in given] == [3] * 7 + [4] * 7
+    assert [args.teacher for args in given] == [
+        None, *[teachers[0]] * 6, None, *[teachers[1]] * 6]
+    own = dict.fromkeys(("method", "without", "out", "seed", "teacher"))
+    assert all({**vars(args), **own} == {**vars(given[0]), **own} for args in given)
+
+
+def test_compare_runs_everything_once(compared, capsys):
+    """7 runs with 7 different models and one teacher. Run again, nothing is done but the table."""
+    folder, options = compared
+    for name, (method, without) in studies.COMPARED.items():
+        config = json.loads((folder / f"{name}-seed0" / "record.json").read_text())["config"]
+        assert (config["method"], config["without"]) == (method, without)
+    models = {path.read_bytes() for path in folder.glob("*/model/model.safetensors")}
+    assert len(models) == 7 and len(list(folder.glob("*/teacher"))) == 1
+    assert studies.main(options) == 0
+    out = capsys.readouterr().out
+    assert (folder / "compare.md").read_text() in out and "step" not in out
+
+
+@pytest.mark.parametrize("options", [["--without", "prc"], ["--method", "soft"]])
+def test_compare_has_its_own_methods(options, monkeypatch, capsys):
+    """One sentence, and nothing is run."""
+    monkeypatch.setattr(cap_min, "run", None)
+    assert studies.main(["compare", *options]) == 2
+    assert "compare sets --method and --without itself" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- probe
+
+
+def test_probe(compared, pretrained, glue, tmp_path, monkeypatch):
+    """Each score is that of `fit_classifier` on the encoder it is named after; the teacher is found
+    in another run's folder, from any current directory. The record has what report.py reads."""
+    run = compared[0] / "movement-kd-seed0"
+    monkeypatch.chdir(tmp_path)
+    assert studies.main(["probe", str(run), "--task", "sst2", "--data-dir", str(glue),
+                         "--device", "cpu"]) == 0
+    record = json.loads((run / "probe_sst2.json").read_text())
+    data, dev = (encode_task(load("sst2", split, glue), load_tokenizer(pretrained), 16)
+                 for split in ("train", "dev"))
+    for name, folder in (("pruned", run / "model"), ("pretrained", pretrained),
+                         ("dense", compared[0] / "cap-seed0" / "teacher")):
+        model = from_pretrained(folder)
+        studies.fit_classifier(model, data)
+        assert record[name] == cap_min.evaluate(model, "sst2", {"dev": dev})
+    assert record["examples"] == {"train": 88, "dev": 40}
+    assert record["train_sha256"] == data.sha256()
+    assert record["run"] == json.loads((run / "record.json").read_text())["config"]
+    assert record["config"]["data_dir"] == os.path.relpath(glue, HERE.parent)
+    assert {"versions", "source_sha256"} < record.keys()
+
+
+def test_the_probe_is_at_its_minimum(pretrained, glue):
+    """Cross-entropy and 1e-4 |W|^2 have gradient 0 at the classifier that is found, whatever it was
+    before; the encoder stays as it was."""
+    model = from_pretrained(pretrained)
+    data = encode_task(load("sst2", "train", glue), load_tokenizer(pretrained), 16)
+    torch.nn.init.normal_(model.classifier.weight)
+    studies.fit_classifier(model, data)
+    loss = cap_min.task_loss(model.classifier(cap_min.encode(model, data)), data.labels)
+    loss = loss + 1e-4 * model.classifier.weight.square().sum()
+    for gradient in torch.autograd.grad(loss, list(model.classifier.parameters())):
+        assert gradient.abs().max() < 1e-5
+    before = from_pretrained(pretrained).bert.state_dict()
+    assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
+
+
+def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
+    """A folder without a record, and a run whose pre-trained model is gone: one sentence, before
+    any classifier is fitted."""
+    options = ["--task", "sst2", "--data-dir", str(glue), "--device", "cpu"]
+    assert studies.main(["probe", str(pretrained), *options]) == 2
+    assert "is no finished run with a record.json" in capsys.readouterr().err
+    run = tmp_path / "run"
+    shutil.copytree(compared[0] / "cap-seed0", run)
+    record = json.loads((run / "record.json").read_text())
+    record["config"]["model"] = "gone"
+    (run / "record.json").write_text(json.dumps(record))
+    assert studies.main(["probe", str(run), *options]) == 2
+    out, error = capsys.readouterr()
+    assert "gone: no such folder" in error and "dev:" not in out
+
+
+# ------------------------------------------------------------------------------ grid
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out, does, begin = Path(options["--out"]), options["--model"], time.time()
+out.mkdir(exist_ok=True)
+with open(out / "begun", "a") as file:
+    print(os.getpid(), file=file)
+if does == "fails":
+    sys.exit("first line\\nthe disk is full")
+if does == "is-deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if does == "interrupts":
+    os.kill(os.getppid(), signal.SIGINT)
+if not does.isdigit() and not (out / "go").exists():
+    time.sleep(60)
+if "--teacher" in options and not Path(options["--teacher"]).is_dir():
+    sys.exit("no teacher")
+time.sleep(0.5)
+(out / "teacher").mkdir(exist_ok=True)
+(out / "log.jsonl").write_text("{}")
+(out / "record.json").write_text(json.dumps({
+    "config": {"task": options["--task"]}, "seed": int(options["--seed"]),
+    "pruned": {"accuracy": int(does if does.isdigit() else 0) / 100},
+    "time": [begin, time.time()], "threads": os.environ["OMP_NUM_THREADS"]}))
+"""
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """grid(lines, *options): exit status of a grid in the folder tmp_path / "out". In place of
+    cap_min.py runs STAND_IN, whose --model is its score in percent, or what else it does."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(studies, "COMMAND", [sys.executable, str(tmp_path / "stand_in.py")])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def grid(lines, *options):
+        (tmp_path / "list").write_text("\n".join(lines) + "\n")
+        return studies.main(["grid", str(tmp_path / "list"), "--out", str(tmp_path / "out"),
+                             *options])
+
+    yield grid
+    signal.signal(signal.SIGTERM, before)
+
+
+def line(name, does, seed=0, more=""):
+    return f"{name}: --task sst2 --seed {seed} --model {does} {more}"
+
+
+def record_of(name, folder):
+    return json.loads((folder / "out" / f"{name}.json").read_text())
+
+
+def begun(name, folder):
+    """The process ids of each time that a run was begun."""
+    path = folder / "out" / "work" / name / "begun"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_grid_table(grid, tmp_path, capsys):
+    """a scores 80, 90: mean 85.0, deviation sqrt(2 * 5^2) = 7.1. b scores 81, 93 with the same
+    seeds, which is 1 and 3 more: 2 +- sqrt(2) / sqrt(2); with a third seed, which a has not, 96:
+    mean 90.0, deviation sqrt((81 + 9 + 36) / 2) = 7.9. c has no seed of a. The line without a name
+    is named as cap_min.py names its folder; its task is another, which has its own first run."""
+    lines = ["# a comment", "", line("a-seed0", 80, 0), line("a-seed1", 90, 1) + " # one more",
+             line("b-seed0", 81, 0), line("b-seed1", 93, 1), line("b-seed2", 96, 2),
+             line("c", 70, 9), "--task rte --seed 4 --model 50 --sparsity 0.5"]
+    assert grid(lines, "--jobs", "4") == 0
+    table = (tmp_path / "out" / "grid.md").read_text()
+    assert table.splitlines()[2:] == [
+        "| sst2 | accuracy | a | 2 | 85.0 ± 7.1 |  |",
+        "| sst2 | accuracy | b | 3 | 90.0 ± 7.9 | +2.00 ± 1.00 (n = 2) |",
+        "| sst2 | accuracy | c | 1 | 70.0 | no common seed |",
+        "| rte | accuracy | rte-0.5 | 1 | 50.0 |  |"]
+    assert table in capsys.readouterr().out
+
+
+def test_grid_runs_some_at_once_and_each_once(grid, tmp_path, capsys):
+    """With --jobs 2 two of four runs overlap, but never three: when one begins, at most one of
+    those before has not ended. Each has half of the cores. After the first, three times as many
+    seconds are to come, at least 0.5 each. What has its record is not begun again."""
+    names = ["one", "two", "three", "four"]
+    lines = [line(name, 50) for name in names]
+    assert grid(lines, "--jobs", "2") == 0
+    spans = sorted(record_of(name, tmp_path)["time"] for name in names)
+    assert spans[1][0] < spans[0][1]
+    for i in (2, 3):
+        assert sum(end > spans[i][0] for _, end in spans[:i]) <= 1
+    assert record_of("one", tmp_path)["threads"] == str(max(1, os.cpu_count() // 2))
+    assert (tmp_path / "out" / "one.jsonl").read_text() == "{}"
+    out = capsys.readouterr().out
+    assert out.count(" begins | ") == 4 and " ended | 4 of 4 done, eta 0:00:00" in out
+    assert re.search(r" ended \| 1 of 4 done, eta 0:00:0[1-9]", out)
+    (tmp_path / "out" / "one.json").unlink()
+    assert grid(lines) == 0
+    assert len(begun("one", tmp_path)) == 2 and len(begun("two", tmp_path)) == 1
+
+
+def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
+    """Its last line is told. One that takes its teacher is not begun, nor one that takes that
+    one's; the others are. The status is 1."""
+    assert grid([line("bad", "fails"), line("child", 50, more="--teacher {teacher:bad}"),
+                 line("grandchild", 50, more="--teacher {teacher:child}"), line("good", 50)]) == 1
+    out = capsys.readouterr().out
+    assert "bad failed (1): the disk is full | 0 of 4 done" in out
+    assert "grandchild failed: it has no teacher" in out and "good ended | 1 of 4 done" in out
+    assert not begun("child", tmp_path) and not begun("grandchild", tmp_path)
+    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["good.json"]
+
+
+def test_a_run_waits_for_its_teacher(grid, tmp_path):
+    """The second begins after the first has ended, and finds its teacher; the third, which needs
+    none, does not wait."""
+    assert grid([line("first", 50), line("second", 50, more="--teacher {teacher:first}"),
+                 line("third", 50)], "--jobs", "3") == 0
+    first, second, third = (record_of(name, tmp_path)["time"]
+                            for name in ("first", "second", "third"))
+    assert second[0] > first[1] > third[0]
+
+
+def test_a_grid_ends_after_its_minutes_and_goes_on_later(grid, tmp_path, monkeypatch, capsys):
+    """After 1.8 seconds both that run are stopped, the deaf one by force, the third is not begun,
+    and the table has no row. None has failed: the status is 0. The same command goes on."""
+    monkeypatch.setattr(studies, "GRACE", 0.5)
+    lines = [line("slow", "sleeps"), line("deaf", "is-deaf"), line("later", 50)]
+    begin = time.monotonic()
+    assert grid(lines, "--jobs", "2", "--minutes", "0.03") == 0
+    assert 1.8 < time.monotonic() - begin < 6
+    for name in ("slow", "deaf"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(begun(name, tmp_path)[0]), 0)
+        (tmp_path / "out" / "work" / name / "go").touch()
+    assert not begun("later", tmp_path)
+    assert "0.03 minutes are over; the same command goes on | 0 of 3" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "grid.md").read_text().splitlines()) == 2
+    assert grid(lines, "--jobs", "2", "--minutes", "1") == 0
+    assert len((tmp_path / "out" / "grid.md").read_text().splitlines()) == 5
+
+
+def test_ctrl_c_stops_all_runs(grid, tmp_path):
+    """The second run, which waits for the first, interrupts the grid while the third sleeps: none
+    is left, the status is 130, and the table has the first."""
+    assert grid([line("first", 50), line("loud", "interrupts", more="--teacher {teacher:first}"),
+                 line("slow", "sleeps")], "--jobs", "2") == 130
+    for name in ("loud", "slow"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(begun(name, tmp_path)[0]), 0)
+    assert "| first | 1 | 50.0 |" in (tmp_path / "out" / "grid.md").read_text()
+
+
+@pytest.mark.parametrize("lines, sentence", [
+    (["a: --task sst2", "a: --task rte"], "list, line 2: a line above is named a too"),
+    (["--lr 1e-3", "--lr 1e-4"], "list, line 2: a line above is named demo-0.97-seed0 too"),
+    (["a: --teacher {teacher:b}", "b:"], "list, line 1: no line above is named b"),
+    (["", "a: --no-such-option"], "list, line 2: no options of cap_min.py"),
+    (["a: --task 'sst2"], "list, line 1: No closing quotation"),
+])
+def test_lists_that_cannot_be_run(lines, sentence, grid, tmp_path, capsys):
+    """One sentence that names the line, before anything is begun."""
+    assert grid(lines) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
