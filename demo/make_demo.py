@@ -2,7 +2,6 @@
 a three-way inference task that asks for what only the corpus tells. All follows from a seed.
 
 Run:   python demo/make_demo.py             writes demo/*.tsv and, in 10 minutes, demo/model/
-       python demo/make_demo.py --data      writes demo/*.tsv alone
 
 The world has animals, each with a name, a kind and its class, a colour, a home, a food and, as
 every animal of its kind, a prey. The corpus states these facts again and again. The task says what
@@ -11,8 +10,8 @@ sleeps by the river ."), which is for those to tell who know that riku is white.
 animals occur in train.tsv and dev.tsv, whose labels give their facts away as well. The others occur
 in dev_unseen.tsv alone: what is asked there, fine-tuning never told."""
 
-import argparse
 import itertools
+import math
 import random
 import sys
 from pathlib import Path
@@ -215,7 +214,7 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
     parameters = [*model.parameters(), *head.parameters(), bias]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, fused=True)
     plan = [(corpus, epoch) for corpus, count in zip(data, epochs) for epoch in range(count)]
-    total, step = sum(-(-len(corpus) // batch_size) for corpus, _ in plan), 0
+    total, step = sum(math.ceil(len(corpus) / batch_size) for corpus, _ in plan), 0
 
     def guess(hidden):
         return (head(hidden) @ model.bert.embeddings.word_embeddings.weight.T).float() + bias
@@ -231,16 +230,16 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
             with cap_min.autocast(device, dtype):
                 tokens, pooled = model.bert(*inputs(batch))
                 words, follows = guess(tokens[hidden]), model.classifier(pooled)
-            losses = (F.cross_entropy(words, wanted),
-                      F.cross_entropy(follows.float(), batch["labels"]))
-            sum(losses).backward()
+            word_loss = F.cross_entropy(words, wanted)
+            sentence_loss = F.cross_entropy(follows.float(), batch["labels"])
+            (word_loss + sentence_loss).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
             if step % 100 == 0:
-                print(f"step {step}/{total} | words {losses[0].item():.2f} | next sentence "
-                      f"{losses[1].item():.2f}", flush=True)
+                print(f"step {step}/{total} | words {word_loss:.2f} | next sentence "
+                      f"{sentence_loss:.2f}", flush=True)
     return guess
 
 
@@ -276,23 +275,13 @@ def make_model(world, folder):
     model = BertClassifier(config).to(device)
     data = [encode_task(corpus, tokenizer, config.max_position_embeddings) for corpus in corpora]
     guess = pretrain(model, data, (4, 9), device, args.dtype)
-    share = facts_guessed(model, guess, world, tokenizer, device)
-    print(f"facts that the model guesses: {share:.1%}")
+    print(f"facts guessed: {facts_guessed(model, guess, world, tokenizer, device):.1%}")
     save_tokenizer(tokenizer, folder, config.max_position_embeddings)
     config.to_json(folder / "config.json")
-    save_safetensors({name: tensor.half() for name, tensor in model.state_dict().items()
-                      if not name.startswith("classifier.")}, folder / "model.safetensors")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", action="store_true", help="write the task, leave the model")
-    options = parser.parse_args()
-    world = make_world()
-    write_task(world, HERE)
-    if not options.data:
-        make_model(world, HERE / "model")
+    weights = {f"bert.{name}": tensor.half() for name, tensor in model.bert.state_dict().items()}
+    save_safetensors(weights, folder / "model.safetensors")
 
 
 if __name__ == "__main__":
-    main()
+    write_task(make_world(), HERE)
+    make_model(make_world(), HERE / "model")

@@ -50,12 +50,14 @@ def write_table(records, path):
     """Write and print a table of {run: record}: of each task's scores, in percent, mean and
     standard deviation over the runs that differ in nothing but "-seedN" at the end of their names,
     and what they have more than the first ones, with its standard error, over the seeds of both."""
+    # {(task, metric): {run: {seed: score}}}
     tables = {}
     for name, record in records.items():
         run = re.sub(r"-seed\d+$", "", name)
         for metric, value in record["pruned"].items():
             table = tables.setdefault((record["config"]["task"], metric), {})
             table.setdefault(run, {})[record["seed"]] = 100 * value
+    # a row for each run
     lines = ["| task | dev score | run | n | % | minus the first |", "|---|---|---|---|---|---|"]
     for (task, metric), table in tables.items():
         first = next(iter(table.values()))
@@ -127,6 +129,7 @@ def probe(run, args):
     """Scores on args.task of a linear classifier on the frozen pooled vectors of three encoders of
     a finished run, pruned, dense (its teacher) and pre-trained, to RUN/probe_TASK.json. ValueError
     or FileNotFoundError, before any work, if the run or a model of it is not there."""
+    # where its models lie
     try:
         run_config = read_json(run / "record.json")["config"]
         teacher = run / "teacher"
@@ -228,6 +231,7 @@ def teachers(options):
 def grid(path, out, jobs, minutes):
     """Run what the list at `path` has, `jobs` at once; True if none has failed. After `minutes`, or
     if this process is interrupted, those that run are stopped; the table is made in any case."""
+    # what is to be done
     runs = read_list(path)
     (out / "work").mkdir(parents=True, exist_ok=True)
     done = {name for name in runs if (out / f"{name}.json").exists()}
@@ -322,27 +326,28 @@ def stop(processes):
 def main(argv=None):
     """Exit status: 0, 1 if a run of a grid failed, 2 after a one-sentence error, 130 after
     Ctrl-C."""
+    # three commands, of which compare hands on what it does not know
     parser = argparse.ArgumentParser(description="Studies made of several runs of cap_min.py.")
     studies = parser.add_subparsers(dest="study", required=True)
     add = studies.add_parser("compare", allow_abbrev=False, help="CAP, its ablations, plain "
                              "pruning; takes all options of cap_min.py too").add_argument
-    add("--seeds", type=cap_min.count, default=1, help="how many, from --seed on")
+    add("--seeds", type=cap_min.whole_number, default=1, help="how many, from --seed on")
     add("--out", type=Path, help="folder; None: runs/TASK-SPARSITY-compare")
     add = studies.add_parser("probe", help="linear classifiers on frozen encoders").add_argument
     add("run", type=Path, help="folder of a finished run")
     add("--task", choices=TASKS, required=True)
     add("--data-dir", help="folder with the task's folder; None: downloaded")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--max-train", type=cap_min.count, help="training rows; None: all")
+    add("--max-train", type=cap_min.whole_number, help="training rows; None: all")
     add = studies.add_parser("grid", help="a list of runs, several at once").add_argument
     add("list", type=Path, help="file with the options of one run a line")
-    add("--jobs", type=cap_min.count, default=1, help="runs at once")
-    add("--minutes", type=cap_min.rate, default=math.inf, help="after which it ends")
+    add("--jobs", type=cap_min.whole_number, default=1, help="runs at once")
+    add("--minutes", type=cap_min.positive, default=math.inf, help="after which it ends")
     add("--out", type=Path, required=True, help="folder")
     args, rest = parser.parse_known_args(argv)
     if rest and args.study != "compare":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-
+    # the study
     cap_min.tune_cpu()
     try:
         if args.study == "compare":
