@@ -9,6 +9,7 @@ Use:    from bert_min import from_pretrained, save_pretrained
 Symbols in the shape comments
     B  examples in a batch          D  hidden_size           F  intermediate_size
     T  tokens in the longest one    H  attention heads       L  num_labels
+    Q  queries: T, or 1 where the last layer computes [CLS] alone
 Module names follow Hugging Face's, so that `state_dict()` has the names of
 `BertForSequenceClassification` and files go both ways without a translation table.
 """
@@ -57,11 +58,6 @@ class BertConfig:
     id2label: dict | None = None  # {0: "entailment", ...}
     layer_sizes: list | None = None  # [[heads, neurons], ...] of each layer; None: none removed
 
-    @property
-    def full_sizes(self):
-        """`layer_sizes` of the model before anything is removed."""
-        return [[self.num_attention_heads, self.intermediate_size]] * self.num_hidden_layers
-
     @classmethod
     def from_json(cls, path):
         """The configuration in a Hugging Face config.json. ValueError where it is malformed or not
@@ -75,7 +71,10 @@ class BertConfig:
         config = cls(**{key: value for key, value in raw.items() if key in known})
         # classes are counted by their words, whose numbers JSON has as strings
         if config.id2label:
-            config.id2label = {int(i): str(word) for i, word in config.id2label.items()}
+            try:
+                config.id2label = {int(i): str(word) for i, word in config.id2label.items()}
+            except (AttributeError, ValueError):
+                raise ValueError(f"{path}: id2label does not number its labels") from None
             config.num_labels = len(config.id2label)
         return config
 
@@ -85,6 +84,7 @@ class BertConfig:
         if self.layer_sizes is None:
             del raw["layer_sizes"]
         count = raw.pop("num_labels")  # transformers counts id2label instead
+        # what transformers wants beside the fields
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         raw["id2label"] = labels
         raw["label2id"] = {word: i for i, word in labels.items()}
@@ -106,7 +106,7 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.rate in (0, 1) or x.device.type != "cpu":
             return F.dropout(x, self.rate, self.training)
-        # an element is kept if its 16-bit number, from -2^15 on, is not among the lowest
+        # dropped if its 16-bit number, -2^15 to 2^15 - 1, is among the lowest rate * 2^16
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
         bits = bits.view(torch.int16)[:x.numel()].view_as(x)
         keep = bits.ge_(round(self.rate * 2 ** 16) - 2 ** 15)  # 1 or 0
@@ -140,25 +140,26 @@ class SelfAttention(nn.Module):
     def __init__(self, config, heads):
         super().__init__()
         self.shape = heads, config.hidden_size // config.num_attention_heads  # H, D/H
-        self.query = nn.Linear(config.hidden_size, math.prod(self.shape))
-        self.key = nn.Linear(config.hidden_size, math.prod(self.shape))
-        self.value = nn.Linear(config.hidden_size, math.prod(self.shape))
+        size = math.prod(self.shape)  # D, or less where heads were removed
+        self.query = nn.Linear(config.hidden_size, size)
+        self.key = nn.Linear(config.hidden_size, size)
+        self.value = nn.Linear(config.hidden_size, size)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, key_mask, queries):
-        q = self.query(queries).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
+        q = self.query(queries).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, Q, D/H)
         k = self.key(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
         v = self.value(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
         if x.device.type == "cpu":
             # written out: here the fused kernel takes up to 10 times as long, backward included
-            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, T, T)
+            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, Q, T)
             if key_mask is not None:
                 scores = scores + torch.where(key_mask, 0.0, -torch.inf)
-            x = self.dropout(scores.softmax(-1).to(v.dtype)) @ v  # (B, H, T, D/H)
+            x = self.dropout(scores.softmax(-1).to(v.dtype)) @ v  # (B, H, Q, D/H)
         else:
             rate = self.dropout.rate if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, key_mask, rate)  # (B, H, T, D/H)
-        return x.transpose(1, 2).flatten(2)  # (B, T, D)
+            x = F.scaled_dot_product_attention(q, k, v, key_mask, rate)  # (B, H, Q, D/H)
+        return x.transpose(1, 2).flatten(2)  # (B, Q, D)
 
 
 class ProjectAddNorm(nn.Module):
@@ -192,7 +193,7 @@ class Layer(nn.Module):
     def forward(self, x, key_mask, queries):
         """queries: x, or only its first tokens, whose output is wanted; all tokens are keys."""
         x = self.attention["output"](self.attention["self"](x, key_mask, queries), queries)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)  # (B, T, F) to (B, T, D)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)  # (B, Q, F) to (B, Q, D)
 
 
 # ---------------------------------------------------------------- encoder and pooler
@@ -202,7 +203,8 @@ class Bert(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = Embeddings(config)
-        sizes = config.layer_sizes or config.full_sizes
+        full = [config.num_attention_heads, config.intermediate_size]
+        sizes = config.layer_sizes or [full] * config.num_hidden_layers
         layers = nn.ModuleList([Layer(config, heads, neurons) for heads, neurons in sizes])
         self.encoder = nn.ModuleDict({"layer": layers})
         self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
@@ -216,6 +218,7 @@ class Bert(nn.Module):
         key_mask = None
         if attention_mask is not None:
             key_mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+        # all layers but the last
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
         *layers, last = self.encoder["layer"]
         for layer in layers:
@@ -295,6 +298,7 @@ class SparseLayer(nn.Module):
         qkv = qkv.view(3, *self.shape, count, x.size(1)).permute(0, 3, 1, 2, 4)
         q, k, v = qkv  # (B, H, D/H, T) each
         q = q[..., :length].transpose(-1, -2) / math.sqrt(q.size(2))  # (B, H, Q, D/H)
+        # padded keys get no weight
         scores = q @ k  # (B, H, Q, T)
         if key_mask is not None and not key_mask.all():
             scores += torch.where(key_mask, 0.0, -torch.inf)
@@ -365,8 +369,9 @@ def download(address, path, sha256):
     print(f"downloading {address}", flush=True)
     try:
         torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # another hash: the second
-        raise OSError(f"{address} could not be downloaded ({error}); put the file at {path} by "
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # the second: another hash
+        reason = str(error).strip()
+        raise OSError(f"{address} could not be downloaded ({reason}); put the file at {path} by "
                       "hand, or pass --model or --data-dir") from None
     return path
 
@@ -404,7 +409,7 @@ def from_pretrained(path_or_name, num_labels=2):
     try:
         with torch.device("meta"):
             expected = BertClassifier(config).state_dict()
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"{folder / 'config.json'}: no model has these sizes ({error})") from None
     fitting, fresh, unfit = {}, [], []
     for name, wanted in expected.items():
@@ -418,11 +423,13 @@ def from_pretrained(path_or_name, num_labels=2):
     if unfit:
         raise ValueError(f"{path}: {len(unfit)} tensors are missing or of another shape or type "
                          f"than config.json says: {', '.join(unfit[:3])}")
+    # the model itself
     model = BertClassifier(config)
     model.load_state_dict(fitting, strict=False)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: damaged, {name} is not finite")
+    # what the user should know
     ignored = sorted(tensors.keys() - expected.keys())
     if ignored or fresh:
         print(f"{path}: ignored {len(ignored)} tensors {ignored[:2]}, newly initialised {fresh}",
@@ -502,10 +509,11 @@ def check_header(header, size):
         for number in (first, last, len(shape), *shape):
             if type(number) is not int or not 0 <= number < 2 ** 48:
                 raise ValueError(f"{name!r:.100} has the shape {shape} at {first}")
-        length = math.prod(shape) * dtype.itemsize
-        if first != end or last != first + length or len(shape) > 64:
-            raise ValueError(f"{name!r:.100} of {length} bytes is said to lie at {first} to {last}")
-        entries.append((name, dtype, shape, length))
+        size_in_bytes = math.prod(shape) * dtype.itemsize
+        if first != end or last != first + size_in_bytes or len(shape) > 64:
+            raise ValueError(f"{name!r:.100} of {size_in_bytes} bytes is said to lie at {first} to "
+                             f"{last}")
+        entries.append((name, dtype, shape, size_in_bytes))
         end = last
     if end != size:
         raise ValueError(f"its tensors take {end} bytes, of which {size} are there")
@@ -514,6 +522,7 @@ def check_header(header, size):
 
 def save_safetensors(tensors, path):
     """Write {name: tensor} as `load_safetensors` reads it."""
+    # where each tensor will lie
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
     for name, tensor in tensors.items():
@@ -522,6 +531,7 @@ def save_safetensors(tensors, path):
                         "data_offsets": [first, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
+    # header and tensors
     with replacing(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():
@@ -548,12 +558,14 @@ def write_json(content, path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file beside `path`, to write to, that takes its place once it is whole; where writing
-    fails, nothing is left of it. OSError that names `path`."""
-    temporary = Path(f"{path}.tmp")
+    """A file to write to, renamed to `path` once it is whole; if writing fails it is deleted.
+    OSError that names `path`."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave an empty file of that name
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None

@@ -14,8 +14,8 @@ Glossary: symbol of the equations -> name in the code, shape
     q_i       q (B, D)                anchor, z_i / |z_i|. NOTE deviation: no dropout on z_i
     b_j^m     bank[m][j] (D,)         unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
-    I, E      index, extra            the batch, and further examples drawn from the training set
-    C_i, P_i  candidates (C, D)       what anchor i is compared with, and the positives among it
+    I, E      index, extra            the batch, and examples drawn from the whole training set
+    C_i, P_i  similarity (B, C)       what anchor i is compared with, and the positives among it
     tau       temperature             0.1
     W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
     d(t)      density                 fraction of weights kept at step t; sparsity = 1 - density
@@ -24,8 +24,8 @@ Glossary: symbol of the equations -> name in the code, shape
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
 The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
 
-To follow a run: `main` calls `run`, which trains the teacher, fills the banks and prunes, both by
-`train`; a step of this calls `cap_terms`, and this `contrastive_loss`.
+To follow a run: `main` calls `cap`, which trains the teacher, fills the banks and prunes. Training
+is `train`; a step of it calls `cap_terms`, and this `contrastive_loss`.
 """
 
 import argparse
@@ -71,46 +71,53 @@ def topk_mask(scores, density):
 
 
 def mask_rows(rows, density):
-    """`topk_mask` of each row of `rows` (n, numel)."""
+    """`topk_mask` of each row of `rows` (n, numel), of which each is a flattened matrix."""
     size = rows.size(1)
     k = max(1, round(density * size))  # eq. (1)
     if k >= size:
         return torch.ones_like(rows, dtype=torch.bool)
-    threshold = kth_largest(rows, k)  # (n, 1)
-    mask = rows >= threshold
-    # of the scores equal to the threshold only the first are kept. Whether there are too many is
-    # not asked of a GPU, which would have to be waited for
-    if rows.device.type != "cpu" or mask.count_nonzero() > k * len(rows):
-        above, ties = rows > threshold, rows == threshold
-        missing = k - above.sum(1, keepdim=True)
-        mask = above | (ties & (ties.cumsum(1) <= missing))
-    return mask
-
-
-def kth_largest(rows, k):
-    """The k-th largest number of each row: (n, numel) to (n, 1)."""
     if rows.device.type != "cpu":
-        return rows.topk(k, sorted=False).values.amin(1, keepdim=True)
-    found = []
-    for row in rows.numpy():
-        # a sorted sample tells between which two numbers it lies: only what is there is searched
-        sample = np.sort(row[::127])
-        expected = len(sample) * (1 - k / len(row))
-        margin = 2 + 4 * math.sqrt(expected * k / len(row))
-        low = sample[max(0, int(expected - margin))]
-        high = sample[min(len(sample) - 1, int(expected + margin))]
-        above = row > high
-        missing = k - np.count_nonzero(above)
-        between = row[np.flatnonzero(above ^ (row >= low))]
-        if not 0 < missing <= len(between):  # the sample misled
-            between, missing = row, k
-        found.append(np.partition(between, -missing)[-missing])
-    return torch.from_numpy(np.array(found))[:, None]
+        return largest_of_rows(rows, k)
+    return torch.stack([torch.from_numpy(largest(row, k)) for row in rows.numpy()])
+
+
+def largest_of_rows(rows, k):
+    """Bool mask of the k largest numbers of each row, of equal ones the first, without waiting for
+    the GPU; on a CPU this takes ten times as long as `largest`."""
+    threshold = rows.topk(k, sorted=False).values.amin(1, keepdim=True)  # (n, 1)
+    # of what is equal to it, the first by index
+    above, ties = rows > threshold, rows == threshold
+    missing = k - above.sum(1, keepdim=True)
+    return above | (ties & (ties.cumsum(1) <= missing))
+
+
+def largest(row, k):
+    """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
+    # a sorted sample tells two numbers between which the k-th largest lies
+    sample = np.sort(row[::127])
+    expected = len(sample) * (1 - k / len(row))
+    margin = 2 + 4 * math.sqrt(expected * k / len(row))
+    low = sample[max(0, int(expected - margin))]
+    high = sample[min(len(sample) - 1, int(expected + margin))]
+    # what is larger is kept, and only what lies between has to be searched
+    mask = row > high
+    missing = k - np.count_nonzero(mask)
+    between = np.flatnonzero(mask ^ (row >= low))
+    if not 0 < missing <= len(between):  # the sample misled: search all
+        mask[:] = False
+        missing, between = k, np.arange(len(row))
+    # of what is equal to it, the first by index
+    values = row[between]
+    threshold = np.partition(values, -missing)[-missing]
+    above, ties = between[values > threshold], between[values == threshold]
+    mask[above] = True
+    mask[ties[:missing - len(above)]] = True
+    return mask
 
 
 class StraightThrough(torch.autograd.Function):
     """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2). Under
-    autocast W' has its number type: what follows need not cast it."""
+    autocast W' is made in autocast's dtype."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
@@ -136,18 +143,17 @@ class Mask(nn.Module):
 
     M is the top-k of trainable `scores`. They start at 0 (`score_init="zero"`, as published), or at
     |W| / std(W) ("magnitude"), which short runs need: they end before scores from 0 have learnt
-    what matters. "none": magnitude pruning, there are no scores and |W| stands for them."""
+    what matters. "none": magnitude pruning, where |W| is the score."""
 
     def __init__(self, weight, score_init):
         super().__init__()
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
-        weight = weight.detach()
-        if score_init == "none":
-            self.scores = None
-        elif score_init == "zero":
+        self.scores = None
+        if score_init == "zero":
             self.scores = nn.Parameter(torch.zeros_like(weight))
-        else:
-            self.scores = nn.Parameter(weight.abs() / weight.std().clamp_min(1e-12))
+        elif score_init == "magnitude":
+            deviation = weight.detach().std().clamp_min(1e-12)
+            self.scores = nn.Parameter(weight.detach().abs() / deviation)
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
@@ -167,7 +173,7 @@ def add_masks(model, score_init):
 
 
 def masks_and_scores(model):
-    """[(Mask, its scores or the weights' size), ...] of all layers."""
+    """[(Mask, its scores, or |W| where it has none), ...] of all layers."""
     pairs = []
     for layer in encoder_linears(model).values():
         mask = layer.parametrizations.weight[0]
@@ -181,34 +187,40 @@ def masks_and_scores(model):
 def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
-    # matrices of one shape together: on a GPU 72 small searches would take longer than 2 large ones
+    pairs = masks_and_scores(model)
+    if pairs[0][1].device.type == "cpu":
+        for module, scores in pairs:
+            module.mask = topk_mask(scores, density)
+        return
+    # all matrices of a shape at once: on a GPU 2 large searches take less than 72 small ones
     by_shape = {}
-    for mask, scores in masks_and_scores(model):
-        by_shape.setdefault(scores.shape, []).append((mask, scores))
-    for shape, pairs in by_shape.items():
-        rows = torch.stack([scores.flatten() for _, scores in pairs])
-        for (mask, _), row in zip(pairs, mask_rows(rows, density)):
-            mask.mask = row.view(shape)
+    for module, scores in pairs:
+        by_shape.setdefault(scores.shape, []).append((module, scores))
+    for shape, group in by_shape.items():
+        rows = torch.stack([scores.flatten() for _, scores in group])
+        for (module, _), row in zip(group, mask_rows(rows, density)):
+            module.mask = row.view(shape)
 
 
 SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 
 
 def set_soft_masks(model, density, sparsity, exact):
-    """CAP-soft: of all matrices together, the weights with sigmoid(score) over a threshold that
-    goes from 0 to SOFT_THRESHOLD as the density falls; of these at most the fraction `density`, the
-    largest, and exactly this if `exact`. Returns the fraction that is kept.
-    NOTE deviation: so the density is not left to the penalty but stays below eq. (3)."""
+    """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
+    rises from 0 to SOFT_THRESHOLD; but at most, or if `exact` exactly, the fraction `density`.
+    Returns the fraction that is kept. NOTE deviation: so the density never exceeds eq. (3)."""
+    # over the threshold
     pairs = masks_and_scores(model)
     scores = torch.cat([scores.flatten() for _, scores in pairs])
-    threshold = SOFT_THRESHOLD * pruned_fraction(density, sparsity)
-    together = scores.sigmoid() > threshold
-    kept = int(together.count_nonzero()) / len(together)
+    mask = scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
+    kept = int(mask.count_nonzero()) / len(mask)
+    # never more than the schedule allows
     if exact or kept > density:
-        together, kept = topk_mask(scores, density), density
-    parts = together.split([scores.numel() for _, scores in pairs])
-    for (mask, scores), part in zip(pairs, parts):
-        mask.mask = part.view(scores.shape)
+        mask, kept = topk_mask(scores, density), density
+    # to each matrix its part
+    parts = mask.split([scores.numel() for _, scores in pairs])
+    for (module, scores), part in zip(pairs, parts):
+        module.mask = part.view(scores.shape)
     return kept
 
 
@@ -302,8 +314,8 @@ def encode(model, data, dtype="fp32", tokens=None):
     return summed(pooled)
 
 
-def unit(pooled):
-    """The vectors of a bank: of length 1, in half precision."""
+def to_bank(pooled):
+    """Vectors (N, D) as a bank has them: of length 1, in half precision."""
     return F.normalize(pooled, dim=-1).half()
 
 
@@ -313,18 +325,18 @@ class Ancestors:
 
     banks: dict  # "prc", "snc", "fic", as far as used: each a list of K tensors (N, D)
     logits: torch.Tensor  # (N, L), the teacher's
-    labels: torch.Tensor  # (N,)
+    labels: torch.Tensor  # (N,), those of a regression rounded to whole numbers
 
 
-def store_ancestors(run, data, model, teacher):
+def store_ancestors(run, model, teacher, data):
     """Encode the training set by the pre-trained `model` and the `teacher`, into the run folder.
     Both are done once: neither ever changes."""
     pooled = encode(teacher, data, run.args.dtype)  # (N, D)
     run.store("logits", teacher.classifier(pooled).detach())
     if "fic" not in run.args.without:
-        run.store("fic-0", unit(pooled))
+        run.store("fic-0", to_bank(pooled))
     if "prc" not in run.args.without:
-        run.store("prc-0", unit(encode(model, data, run.args.dtype)))
+        run.store("prc-0", to_bank(encode(model, data, run.args.dtype)))
 
 
 def load_ancestors(run, data, device):
@@ -333,7 +345,6 @@ def load_ancestors(run, data, device):
     for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
         if name not in run.args.without:
             banks[name] = [load_bank(run, f"{name}-{i}", device) for i in range(count)]
-    # a regression's labels are rounded: alike are those with the same whole number
     labels = data.labels.round().to(device)
     return Ancestors(banks, run.stored("logits").to(device), labels)
 
@@ -347,10 +358,10 @@ def load_bank(run, name, device):
     return vectors
 
 
-def add_snapshot(run, data, model, ancestors):
+def add_snapshot(run, model, data, ancestors):
     """Enter the model as it is now in SnC."""
     name, device = f"snc-{run.snapshots}", model.classifier.weight.device
-    run.store(name, unit(encode(model, data, run.args.dtype)))
+    run.store(name, to_bank(encode(model, data, run.args.dtype)))
     ancestors.banks["snc"].append(load_bank(run, name, device))
     run.snapshots += 1
 
@@ -443,8 +454,8 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 def soft_penalty(model, density, args):
     """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
     sigmoid of the scores."""
-    weight = args.penalty * pruned_fraction(density, args.sparsity)
-    return weight * mean_sigmoid(model)  # eq. (8), CAP-soft
+    penalty = args.penalty * pruned_fraction(density, args.sparsity)
+    return penalty * mean_sigmoid(model)  # eq. (8), CAP-soft
 
 
 def gradient_shares(terms, pooled):
@@ -452,10 +463,9 @@ def gradient_shares(terms, pooled):
     pooled: (B, D), or of several processes each one's part."""
     norms = {}
     for name, term in terms.items():
-        grad, = torch.autograd.grad(term, pooled, retain_graph=True, allow_unused=True)
-        norms[name] = 0.0
-        if grad is not None:  # the penalty on the scores has none
-            norms[name] = summed(grad.float().norm() ** 2).sqrt().item()
+        # it is 0 for the penalty on the scores
+        grad, = torch.autograd.grad(term, pooled, retain_graph=True, materialize_grads=True)
+        norms[name] = summed(grad.float().norm() ** 2).sqrt().item()
     total = sum(norms.values()) or 1.0
     return {name: round(norm / total, 4) for name, norm in norms.items()}
 
@@ -463,17 +473,17 @@ def gradient_shares(terms, pooled):
 # -------------------------------------------------------------------------- training
 
 LOG_EVERY = 50  # steps between two lines of log.jsonl
-TEACHER_EPOCHS = 3  # at most
+END_OF_LINE = "\r" if sys.stdout.isatty() else "\n"  # on a terminal the step line is rewritten
+TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs at most
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
 
 
 def stages(args):
-    """Sparsities at which the model is trained for args.epochs each: the one asked for, after
-    those of 10 %, 20 %, ... where heads and neurons are removed."""
-    found = []
-    if args.method == "structured":
-        found = [i / 10 for i in range(1, 10) if i / 10 < args.sparsity]
-    return [*found, args.sparsity]
+    """Target sparsities, for each of which the model is trained for args.epochs: that asked for,
+    where heads and neurons are removed after 10 %, 20 %, ..."""
+    if args.method != "structured":
+        return [args.sparsity]
+    return [i / 10 for i in range(1, 10) if i / 10 < args.sparsity] + [args.sparsity]
 
 
 def pruning_epochs(args):
@@ -484,6 +494,13 @@ def teacher_epochs(args):
     return min(TEACHER_EPOCHS, pruning_epochs(args))
 
 
+def epochs_of_stage(args, stage):
+    """(first epoch of a stage, first one after it): the teacher's, or those of pruning."""
+    if stage == TEACHER:
+        return 0, teacher_epochs(args)
+    return stage * args.epochs, (stage + 1) * args.epochs
+
+
 def snapshot_every(args):
     """Epochs from one snapshot to the next: CAP-f has one after each stage."""
     return args.epochs if args.method == "structured" else 1
@@ -491,13 +508,12 @@ def snapshot_every(args):
 
 def make_optimizer(model, args):
     """Adam on the weights, and on the scores with a learning rate of their own."""
+    # two groups, whose learning rates each step sets
     weights, scores = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (scores if name.endswith("scores") else weights).append(parameter)
-    groups = [{"params": weights, "peak": args.lr}]
-    if scores:
-        groups.append({"params": scores, "peak": args.mask_lr})
+    groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
     return torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
 
 
@@ -511,8 +527,8 @@ def randomness(*position):
 
 
 def forward(model, batch, dtype):
-    """(logits (B, L), pooled (B, D), own pooled), fp32. Of several processes each computes its own
-    part of the batch, in `dtype`, and has the other parts from the others."""
+    """(logits (B, L), pooled (B, D), this process's rows of pooled (b, D)), the first two fp32. Of
+    several processes each computes its own part of the batch and has the rest from the others."""
     size, device = len(batch["index"]), batch["index"].device
     with autocast(device, dtype):
         logits, pooled = model(*inputs(own_part(batch)))
@@ -520,44 +536,37 @@ def forward(model, batch, dtype):
 
 
 def train(run, model, data, ancestors=None, dev_sets=None):
-    """Train `model` on `data` from where `run` is to the end of its stage: the one loop of the dense
-    teacher, which has no ancestors, and of the pruned model.
-
-    dev_sets: what is scored after each epoch of pruning. ValueError if the loss is not finite, which
-    is looked at every LOG_EVERY steps, or a weight where it would be saved."""
+    """Train `model` on `data` to the end of the run's stage: the one loop of the dense teacher,
+    which has no ancestors, and of the pruned model. ValueError if a loss that is logged is not
+    finite, or a weight that would be saved. dev_sets: scored after each epoch of pruning."""
     args, device = run.args, model.classifier.weight.device
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
-    first, epochs = run.stage * args.epochs, args.epochs
-    if run.stage == TEACHER:
-        first, epochs = 0, teacher_epochs(args)
-    last, total = first + epochs, epochs * steps
+    first, last = epochs_of_stage(args, run.stage)
+    total = (last - first) * steps
     warmup = warmup_steps(args, total)
+    warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
     optimizer = make_optimizer(model, args)
-    if run.resumed:
+    if run.saved is not None:
         run.load(model, optimizer)
-    else:  # what was done before this stage need not be done again
+    else:  # a stop from here on leads back to here
         run.save(model, optimizer)
-    replica = model
-    if processes() > 1:
-        replica = DistributedDataParallel(model)
-        replica.broadcast_buffers = False  # all have the same masks
+    replica = distribute(model)
     masked = any(isinstance(module, Mask) for module in model.modules())
-    kept = 1 - sparsity_report(model)["total"]  # where it is not a matter of the step
-    progress = Progress(total, args.batch_size, device)
+    kept = 1 - sparsity_report(model)["total"]  # where there are no masks it stays so
+    say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
+    last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
     model.train()
     while run.epoch < last:
         for batch in batches(data, args.batch_size, args.seed, run.epoch, run.batch):
             step = (run.epoch - first) * steps + run.batch
             chance = randomness(args.seed, run.epoch, run.batch)
-            # masks of this step, eq. (1) and (3): t_0 is 2 warm-ups, t_1 is 3
+            # density and masks of this step, eq. (1) and (3), and its learning rates
             if masked:
-                density = kept = cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup,
-                                               3 * warmup)
+                kept = density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
                 if args.method == "soft":
-                    kept = set_soft_masks(model, density, args.sparsity, step >= total - 3 * warmup)
+                    kept = set_soft_masks(model, density, args.sparsity, step >= total - cool)
                 else:
                     set_masks(model, density)
-            # its learning rates
             factor = linear_lr(step, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -572,7 +581,8 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 if args.method == "soft":
                     terms["l1"] = soft_penalty(model, density, args)
             # what is logged must be known before the graph is gone
-            to_log = step % LOG_EVERY == 0 or step == total - 1
+            ends_epoch = run.batch == steps - 1
+            to_log = step % LOG_EVERY == 0 or ends_epoch
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
                 check_finite(values.items(), step)
@@ -583,24 +593,35 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
+            # the log, and a save, which is not before the snapshot of an epoch
+            unreported += 1
             if to_log:
+                seconds = (time.perf_counter() - last_line) / unreported  # of a step
+                last_line, unreported = time.perf_counter(), 0
                 entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
-                         "lr": args.lr * factor, "loss": sum(values.values()), **values}
-                in_place = sys.stdout.isatty() and run.batch < steps
-                speed = progress.show(step, entry, values, end="\r" if in_place else "\n")
-                run.log(**entry, gradient_share=shares, **speed)
-            if run.due() and run.batch < steps:
+                         "lr": args.lr * factor, "loss": sum(values.values()), **values,
+                         "gradient_share": shares, "ms": round(1000 * seconds, 1),
+                         "examples_per_second": round(args.batch_size / seconds, 1)}
+                run.log(**entry)
+                eta = timedelta(seconds=int(seconds * (total - step - 1)))
+                line = f"{step + 1}/{total} | {step_line(entry, values, device)} | {eta}"
+                say(line.ljust(119), end="\n" if ends_epoch else END_OF_LINE)
+            if run.due() and not ends_epoch:
                 run.save(model, optimizer)
-        # after an epoch of pruning: a snapshot, which after the last would serve nobody, and a score
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            if (run.epoch % snapshot_every(args) == 0 and run.epoch < pruning_epochs(args)
-                    and "snc" in ancestors.banks):
-                add_snapshot(run, data, model, ancestors)
-            scores = evaluate(model, args.task, dev_sets, args.dtype)
-            say(f"epoch {run.epoch}/{pruning_epochs(args)}, dev: {show_scores(scores)}")
-            run.log(step=run.epoch * steps - 1, epoch=run.epoch - 1, kept=kept, dev=scores)
+            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1, kept)
     run.save(model, optimizer)
+
+
+def after_epoch(run, model, data, ancestors, dev_sets, step, kept):
+    """After an epoch of pruning: a snapshot, but none after the last epoch, and a dev score."""
+    args, epochs = run.args, pruning_epochs(run.args)
+    if "snc" in ancestors.banks and run.epoch % snapshot_every(args) == 0 and run.epoch < epochs:
+        add_snapshot(run, model, data, ancestors)
+    scores = evaluate(model, args.task, dev_sets, args.dtype)
+    say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
+    run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
 
 
 def check_finite(named, step):
@@ -611,29 +632,12 @@ def check_finite(named, step):
                              "saved before is kept")
 
 
-class Progress:
-    """The step line, under a heading that names its columns; on a terminal rewritten in place."""
-
-    def __init__(self, total, batch_size, device):
-        self.total, self.batch_size, self.device = total, batch_size, device
-        self.last_time, self.last_step = time.perf_counter(), None
-        say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
-
-    def show(self, step, entry, terms, end):
-        """Print the line; returns its speed {"ms", "examples_per_second"} since the last one."""
-        now = time.perf_counter()
-        if self.last_step is None:  # the first step since the start, or since a stop
-            self.last_step = step - 1
-        seconds = (now - self.last_time) / (step - self.last_step)
-        self.last_time, self.last_step = now, step
-        speed = self.batch_size / seconds
-        losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
-        line = (f"{step + 1}/{self.total} | {entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | "
-                f"{entry['lr']:.1e} | {1000 * seconds:.0f}, {speed:.0f}, "
-                f"{peak_memory(self.device) / 1e9:.1f} | "
-                f"{timedelta(seconds=int(seconds * (self.total - step - 1)))}")
-        say(line.ljust(119), end=end)
-        return {"ms": round(1000 * seconds, 1), "examples_per_second": round(speed, 1)}
+def step_line(entry, terms, device):
+    """An entry of the log as the middle columns of the step line."""
+    losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
+    return (f"{entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | {entry['lr']:.1e} | "
+            f"{entry['ms']:.0f}, {entry['examples_per_second']:.0f}, "
+            f"{peak_memory(device) / 1e9:.1f}")
 
 
 def peak_memory(device):
@@ -656,8 +660,7 @@ def evaluate(model, task, dev_sets, dtype="fp32"):
         predictions = logits.argmax(dim=1)
         if logits.size(1) == 1:
             predictions = logits[:, 0]
-        found = score(task, predictions.cpu().numpy(), data.labels.numpy())
-        for name, value in found.items():
+        for name, value in score(task, predictions.cpu(), data.labels).items():
             scores[name + split.removeprefix("dev")] = value
     return scores
 
@@ -674,13 +677,15 @@ def importance(run, model, data, ancestors):
     mask, here 1, multiplies what each head and each neuron puts out; dropout is off. Returns two
     lists with a vector for each layer: (H,) of the heads and (F,) of the neurons.
 
-    A mask m on what column f of the matrix W reads has dL/dm = sum_d W_df dL/dW_df."""
+    A mask m on feature f, which column f of the matrix W reads, has dL/dm = sum_d W_df dL/dW_df."""
     args, device = run.args, model.classifier.weight.device
-    layers = model.bert.encoder["layer"]
-    readers = [layer.attention["output"].dense.weight for layer in layers]
-    readers += [layer.output.dense.weight for layer in layers]
+    # the matrices that read what heads and neurons put out, in turn
+    readers = []
+    for layer in model.bert.encoder["layer"]:
+        readers += [layer.attention["output"].dense.weight, layer.output.dense.weight]
     sums = [0.0] * len(readers)
     width = model.config.hidden_size // model.config.num_attention_heads
+    # the loss of every batch, as in a step
     model.eval()
     for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
@@ -689,12 +694,13 @@ def importance(run, model, data, ancestors):
         extra = draw_extra(chance, len(data), args, device)
         terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
+        # its gradient for every unit
         for j, gradient in enumerate(gradients):
-            of_mask = (readers[j].detach() * summed(gradient) / processes()).sum(0)
-            if j < len(layers):  # a head has several columns
-                of_mask = of_mask.view(-1, width).sum(1)
-            sums[j] += of_mask.abs()
-    return sums[:len(layers)], sums[len(layers):]
+            per_column = (readers[j].detach() * summed(gradient) / processes()).sum(0)
+            if j % 2 == 0:  # a head has several columns
+                per_column = per_column.view(-1, width).sum(1)
+            sums[j] += per_column.abs()
+    return sums[::2], sums[1::2]
 
 
 def most_important(importances, count):
@@ -707,8 +713,8 @@ def most_important(importances, count):
 
 
 def of_sizes(model, layer_sizes):
-    """A new model with so many heads and neurons in each layer, else like `model`, embeddings
-    frozen."""
+    """A model with new weights and so many heads and neurons in each layer, else like `model`;
+    its embeddings are frozen."""
     small = BertClassifier(dataclasses.replace(model.config, layer_sizes=layer_sizes))
     small.bert.embeddings.requires_grad_(False)
     return small.to(model.classifier.weight)  # its device and dtype
@@ -719,46 +725,46 @@ def remove_units(model, heads, neurons):
     smaller, `config.layer_sizes` tells how small, and it computes what the masked one would."""
     sizes = [[int(in_heads.sum()), int(in_neurons.sum())]
              for in_heads, in_neurons in zip(heads, neurons)]
+    # the state of the smaller model is cut out of that of the model
     small, state = of_sizes(model, sizes), model.state_dict()
     width = model.config.hidden_size // model.config.num_attention_heads
     for i in range(len(sizes)):
         layer = f"bert.encoder.layer.{i}."
-        rows = heads[i].repeat_interleave(width)
-        # rows of what makes a unit's output
-        for name, kept in (("attention.self.query", rows), ("attention.self.key", rows),
-                           ("attention.self.value", rows), ("intermediate.dense", neurons[i])):
-            for kind in (".weight", ".bias"):
-                state[layer + name + kind] = state[layer + name + kind][kept]
-        # and columns of what reads it
-        for name, kept in (("attention.output.dense.weight", rows),
-                           ("output.dense.weight", neurons[i])):
-            state[layer + name] = state[layer + name][:, kept]
+        of_heads = heads[i].repeat_interleave(width)  # a head has several rows
+        for writer, reader, chosen in (("attention.self.", "attention.output.", of_heads),
+                                       ("intermediate.", "output.", neurons[i])):
+            # rows and biases of what makes a unit's output
+            for name in state:
+                if name.startswith(layer + writer):
+                    state[name] = state[name][chosen]
+            # columns of what reads it
+            name = layer + reader + "dense.weight"
+            state[name] = state[name][:, chosen]
     small.load_state_dict(state)
     return small
 
 
 def remove_least_important(run, model, data, ancestors, sparsity):
-    """A stage of CAP-f: the model without the least important heads and neurons, of both so many
-    that at least the fraction `sparsity` of those the model once had is gone. NOTE deviation: a
+    """A stage of CAP-f: the model without its least important heads and neurons; at least the
+    fraction `sparsity` of the original heads, and of the neurons, is then gone. NOTE deviation: a
     layer may lose all of them."""
     say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
     heads, neurons = importance(run, model, data, ancestors)
-    layers = (1 - sparsity) * model.config.num_hidden_layers
-    head_count = math.floor(layers * model.config.num_attention_heads + 1e-6)
-    neuron_count = math.floor(layers * model.config.intermediate_size + 1e-6)
+    config, density = model.config, 1 - sparsity
+    all_heads = config.num_hidden_layers * config.num_attention_heads
+    all_neurons = config.num_hidden_layers * config.intermediate_size
+    head_count = math.floor(density * all_heads + 1e-6)
+    neuron_count = math.floor(density * all_neurons + 1e-6)
     return remove_units(model, most_important(heads, head_count),
                         most_important(neurons, neuron_count))
 
 
 # --------------------------------------------------------- run folder and checkpoint
 
-TEACHER = -1  # the stage before those of pruning
-
-
 @dataclass
 class Run:
-    """Where a run is. With the states of model and optimizer this is all that a stopped run needs,
-    since all that is random in a step is a function of its position."""
+    """Where a run is. With the states of model and optimizer and the stored banks this is all that
+    a stopped run needs, since all that is random in a step is a function of its position."""
 
     args: argparse.Namespace
     train_sha256: str  # of the rows it is trained on
@@ -776,44 +782,44 @@ class Run:
     def __post_init__(self):
         self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
         self.last_save, self.last_tick = time.monotonic(), time.perf_counter()
-        self.resumed = False  # whether `load` has yet to be called
+        self.saved = None  # what a stopped run had saved, until `load` has taken it over
 
     def begin(self):
-        """Take over the position of the state that was saved, if there is one, and make the run
-        folder with config.json and a log of that time. ValueError if the state is damaged, or that
-        of other training rows."""
-        if (self.folder / "state.pt").exists():
-            position = self.read_state()["position"]
-            if position["train_sha256"] != self.train_sha256:
+        """Take over the position of a stopped run, if there is one, and make the run folder, or cut
+        its log to what it was when this was saved. ValueError if what was saved is damaged or has
+        other training rows."""
+        # where it was
+        path = self.folder / "state.pt"
+        if path.exists():
+            try:
+                self.saved = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:  # torch raises half a dozen types here
+                raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+            if self.saved["position"]["train_sha256"] != self.train_sha256:
                 raise ValueError(f"{self.args.out} was begun with other training rows: choose "
                                  "another --out")
-            vars(self).update(position)
-            self.resumed = True
-        wait_for_all()  # all have looked before one writes
+            vars(self).update(self.saved["position"])
+        # its folder, without what a kill has left half written
+        wait_for_all()  # else one could write before another has looked
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.args.out.mkdir(parents=True, exist_ok=True)
             write_json(run_config(self.args), self.args.out / "config.json")
+            self.folder.mkdir(exist_ok=True)
+            for torn in self.folder.glob("*.tmp"):
+                torn.unlink()
             with open(self.log_path, "a") as file:
                 file.truncate(self.log_size)
         wait_for_all()
 
-    def read_state(self):
-        path = self.folder / "state.pt"
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # torch raises half a dozen types here
-            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
-
     def load(self, model, optimizer):
-        """Take over the states of model and optimizer that were saved."""
-        state = self.read_state()
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        self.resumed = False
+        """Take over the states of model and optimizer."""
+        model.load_state_dict(self.saved["model"])
+        optimizer.load_state_dict(self.saved["optimizer"])
+        self.saved = None
 
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
-        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch}")
+        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
         self.layer_sizes = model.config.layer_sizes
         if rank() == 0:
@@ -839,8 +845,8 @@ class Run:
         return torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
 
     def write(self, name, content):
-        """Write tensors, numbers and the like to checkpoint/NAME.pt, which holds what it held before
-        until all is there."""
+        """Write tensors, numbers and the like to checkpoint/NAME.pt; what it held before stays
+        there until all is written."""
         path = self.folder / f"{name}.pt"
         try:
             with replacing(path) as file:
@@ -865,24 +871,31 @@ def run_config(args):
     """The flags that decide what comes out, as JSON; paths are relative to this file."""
     config = {}
     for name, value in vars(args).items():
-        if name in ("model", "teacher", "data_dir") and value and Path(value).exists():
-            value = os.path.relpath(value, HERE)  # else it is the name of a model
+        if name in ("model", "teacher", "data_dir") and value is not None:
+            path = Path(value).resolve()
+            if path.exists() and path.drive == HERE.drive:  # else it is the name of a model
+                value = os.path.relpath(path, HERE)
         if name not in ("out", "device", "checkpoint_minutes"):
             config[name] = value
     return config
 
 
 def finished_record(args):
-    """The record of the run that `args` ask for, if its folder holds it finished, else None.
-    ValueError if the folder is something else, or of a run with another configuration."""
-    path, config = args.out / "config.json", run_config(args)
+    """The record of the run that `args` ask for, if its folder holds it finished, else None. What
+    `args` leave open is settled as it was when the run began. ValueError if the folder is something
+    else, or of a run with another configuration."""
+    path = args.out / "config.json"
     if not path.exists():
-        if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()):
+        if args.out.is_file() or any(found.suffix != ".tmp" for found in args.out.glob("*")):
             raise ValueError(f"{args.out} is no run folder: choose another --out")
         return None
-    before = read_json(path)
-    # what is left to the program need not be the same: it was settled then
-    differing = [name for name, value in config.items() if value not in ("auto", before.get(name))]
+    # the configuration it was begun with
+    before, differing = read_json(path), []
+    for name, value in run_config(args).items():
+        if value == "auto":
+            setattr(args, name, before.get(name))
+        elif value != before.get(name):
+            differing.append(name)
     if differing:
         raise ValueError(f"{args.out} belongs to another run ({', '.join(differing)} differ): "
                          "choose another --out or delete it")
@@ -904,61 +917,65 @@ def export(model, tokenizer, task, folder):
 def make_record(run, model, data, dev_sets):
     """What a figure in a table must be able to show for itself. model: the exported one."""
     args, device = run.args, model.classifier.weight.device
+    # scores, and how fast they were had
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
-    seconds, speeds = run.seconds, {}
+    speeds = {}
     for phase, epochs in (("teacher", teacher_epochs(args)), ("prune", pruning_epochs(args))):
-        if seconds[phase] > 0:  # a teacher may have been given
-            speeds[phase] = round(len(data) * epochs / seconds[phase], 1)
-    seconds = {phase: round(value, 1) for phase, value in seconds.items()}
-    source = b""
+        if run.seconds[phase] > 0:  # a teacher may have been given
+            speeds[phase] = round(len(data) * epochs / run.seconds[phase], 1)
+    seconds = run.seconds | {"total": sum(run.seconds.values())}
+    # what they depend on
+    source = hashlib.sha256()
     for name in ("bert_min.py", "data_glue.py", "cap_min.py"):
-        source += (HERE / name).read_bytes()
+        source.update((HERE / name).read_bytes())
     machine = (f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads, "
                f"{processes()} processes")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
-    examples = {"train": len(data)} | {split: len(dev) for split, dev in dev_sets.items()}
+    examples = {split: len(rows) for split, rows in {"train": data, **dev_sets}.items()}
     return {"config": run_config(args), "seed": args.seed, "versions": versions,
-            "source_sha256": hashlib.sha256(source).hexdigest(), "train_sha256": run.train_sha256,
+            "source_sha256": source.hexdigest(), "train_sha256": run.train_sha256,
             "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
-            "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+            "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
             "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
 
 def draw_curve(folder, dense):
     """curve.svg of the pruning phase: density, and dev score after each epoch."""
+    # three curves
     metric, level = next(iter(dense.items()))
     densities, scores = [], []
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
         if entry["phase"] == "prune":
-            last = entry["step"]
+            last = max(1, entry["step"])
             densities.append((last, entry["kept"]))
             if "dev" in entry:
                 scores.append((last, entry["dev"][metric]))
+    # axes and names
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
              '<rect width="600" height="300" fill="white"/>',
              '<path d="M60,40 V260 H560" fill="none" stroke="gray"/>',
              '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
-             f'<text x="480" y="280">step {last}</text>']
-    for x, name, color, curve in ((60, "kept", "gray", densities),
-                                  (230, f"dev {metric}", "blue", scores),
-                                  (400, f"dense {level:.3f}", "red", [(0, level), (last, level)])):
+             f'<text x="480" y="280">step {last}</text>',
+             '<text x="60" y="24" fill="gray">kept</text>',
+             f'<text x="230" y="24" fill="blue">dev {metric}</text>',
+             f'<text x="400" y="24" fill="red">dense {level:.3f}</text>']
+    # the curves themselves
+    curves = {"gray": densities, "blue": scores, "red": [(0, level), (last, level)]}
+    for color, curve in curves.items():
         points = " ".join(f"{60 + 500 * step / last:.1f},{260 - 220 * max(0, y):.1f}"
                           for step, y in curve)  # Pearson's can be below 0
-        lines.append(f'<text x="{x}" y="24" fill="{color}">{name}</text>')
         lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
 
 
 def print_summary(args, record):
-    """The end of a run: the scores of both models, how many weights they have, where it lies."""
-    say("\n     dense    pruned")
-    for name, pruned in record["pruned"].items():
-        say(f"{100 * record['dense'][name]:10.2f}{100 * pruned:10.2f}  dev {name}")
+    """The end of a run: weights in the encoder and scores of both models, and where they lie."""
     sparsity = record["sparsity"]
-    say(f"{sparsity['weights']:10,}{sparsity['kept']:10,}  weights in the encoder")
+    say(f"\ndense   {sparsity['weights']:12,} weights, dev: {show_scores(record['dense'])}")
+    say(f"pruned  {sparsity['kept']:12,} weights, dev: {show_scores(record['pruned'])}")
     say(f"pruned model: {args.out / 'model'}, took "
         f"{timedelta(seconds=int(record['seconds']['total']))}")
 
@@ -1006,12 +1023,24 @@ def gather(rows, size):
     count = processes()
     if count == 1:
         return rows
+    # the rows of all, without gradient
     whole = rows.new_zeros(size, rows.size(1))
     whole[rank()::count] = rows.detach()
     whole = summed(whole)
-    rows.register_hook(lambda gradient: count * gradient)  # DistributedDataParallel divides by it
-    whole[rank()::count] = rows
+    # and among them one's own, with it; a copy, whose gradient is that of this use alone
+    own = rows.clone()
+    own.register_hook(lambda gradient: count * gradient)  # DistributedDataParallel divides by it
+    whole[rank()::count] = own
     return whole
+
+
+def distribute(model):
+    """`model` with gradients that are the means over all processes."""
+    if processes() == 1:
+        return model
+    replica = DistributedDataParallel(model)
+    replica.broadcast_buffers = False  # all have the same masks
+    return replica
 
 
 def join_processes():
@@ -1023,53 +1052,40 @@ def join_processes():
 
 # ---------------------------------------------------------------------- command line
 
-DEMO = {"model": str(HERE / "demo" / "model"), "epochs": 6, "batch_size": 32, "lr": 1e-3,
-        "max_length": 32}
+DEMO = {"model": str(HERE / "demo" / "model"), "batch_size": 32, "lr": 1e-3, "max_length": 32}
 STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3,
               "w_sup": 3.0, "kd_temperature": 1.0}
 
 
-def positive(text):
-    """A type of argparse, as are the next three, whose names its messages have."""
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+def number(kind, low, below=2 ** 31):
+    """A type of argparse: a number of `kind` with low <= number < below."""
 
+    def number(text):
+        if not low <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
+        return kind(text)
 
-def not_negative(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-def fraction(text):
-    if not 0 <= float(text) < 1:
-        raise ValueError
-    return float(text)
-
-
-def whole_number(text):
-    if not 1 <= int(text) < 2 ** 31:
-        raise ValueError
-    return int(text)
+    return number
 
 
 def add_flags(parser):
     """All flags, in groups; their defaults are the published recipe for BERT-base."""
+    whole_number, fraction = number(int, 1), number(float, 0, 1)
+    positive, not_negative = number(float, 1e-12), number(float, 0)
     add = parser.add_argument_group("what").add_argument
     add("--task", default="demo", choices=TASKS, help="GLUE task, snli, or the small world of "
         "demo/, which has a model and defaults of its own")
     add("--sparsity", type=fraction, default=0.97, help="fraction of encoder weights to prune")
     add("--method", choices=("movement", "soft", "magnitude", "structured"), default="movement",
         help="what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
-        "threshold (CAP-soft), or the weights' size; structured: the importance of heads and "
+        "threshold (CAP-soft), or |W|; structured: the importance of heads and "
         "neurons, removed in stages of 10 %% (CAP-f), with defaults of its own")
     add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
     add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
     add("--data-dir", help="folder with the task's folder; None: downloaded (the demo has its own)")
     add("--out", type=Path, help="run folder; None: "
         "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=number(int, 0), default=0, help="of everything random")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole_number, default=10,
         help="of pruning, structured: of each stage; the teacher has at most 3")
@@ -1108,16 +1124,19 @@ def parse(argv):
         description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(parser)
-    # a method and the demo have defaults of their own, which hold for what is not given
+    # parsed twice, since --method and --task change the defaults of the others
     args = parser.parse_args(argv)
+    if args.task == "demo":
+        parser.set_defaults(epochs=6)
     if args.method == "structured":
         parser.set_defaults(**STRUCTURED)
     if args.task == "demo":
         parser.set_defaults(**DEMO)
-    if args.method == "structured":
-        parser.set_defaults(epochs=STRUCTURED["epochs"])
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"
+    # the run folder is named by what tells runs apart
     if args.out is None:
         parts = [args.task, f"{args.sparsity:g}"]
         if args.method != "movement":
@@ -1129,18 +1148,21 @@ def parse(argv):
 
 def choose_device(args):
     """The device; settles --dtype. ValueError if the machine does not have it."""
+    # the device
     name = args.device
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
             name = torch.accelerator.current_accelerator().type
-    if name == "cuda" and processes() > 1:
+    if name.startswith("cuda") and processes() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.cpu()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason})") from None
+        raise ValueError(f"--device {name} cannot be used here: {error}") from None
+    # the type of its matrix products
+    device = probe.device
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1152,28 +1174,27 @@ def choose_device(args):
 
 def settle_schedule(args, size):
     """Settles --score-init. ValueError unless `size` examples give the schedule room."""
-    if args.method == "structured":  # there are neither scores nor a schedule of densities
-        args.score_init = "none"
+    if args.method == "structured":  # which has no schedule of densities
         return
     total = args.epochs * math.ceil(size / args.batch_size)
     warmup = warmup_steps(args, total)
     if warmup < 1 or total < 5 * warmup + 2:
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
                          " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
-    if args.method == "magnitude":
-        args.score_init = "none"
-    elif args.score_init == "auto":
+    if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
 
 
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
+    # do they fit the model?
     if tokenizer.size > config.vocab_size:
         raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
-    if args.max_length > config.max_position_embeddings:
-        raise ValueError(f"--max-length {args.max_length} is more than the model's "
+    if not 3 <= args.max_length <= config.max_position_embeddings:
+        raise ValueError(f"--max-length {args.max_length} is not between 3 and the model's "
                          f"{config.max_position_embeddings} positions")
+    # some rows of the training set, the same for every seed
     encoded = {}
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
@@ -1187,17 +1208,20 @@ def load_data(args, tokenizer, config):
 def load_fine_tuned(folder, task, config):
     """A model fine-tuned on the task. ValueError unless its labels are the task's, in order (those
     that have no names, LABEL_0 and so on, are trusted), and its sizes those of `config`."""
+    # its labels, if they have names
     model = from_pretrained(folder, num_labels=None)
-    words, labels = TASKS[task].words, model.config.id2label or {}
+    words, labels = [word.lower() for word in TASKS[task].words], model.config.id2label or {}
     found = [labels[i].lower() for i in sorted(labels)]
     if found and found[0].startswith("label_"):
         found = words
     if model.config.num_labels != max(1, len(words)) or found not in (words, []):
         raise ValueError(f"{folder}: its labels are {found or model.config.num_labels}, those of "
                          f"{task} are {words or 'one number'}")
-    if (model.config.hidden_size, model.config.vocab_size) != (config.hidden_size,
-                                                               config.vocab_size):
-        raise ValueError(f"{folder}: its sizes are not those of --model")
+    # its sizes
+    for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
+                             f"--model is {getattr(config, name)}")
     return model
 
 
@@ -1217,13 +1241,14 @@ def tune_cpu():
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
-def run(args):
-    """Make the run that `args` ask for, or go on with it, unless its folder holds it finished;
-    returns its record."""
+def cap(args):
+    """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
+    show it if its folder holds it finished. Returns its record."""
     # the input: all of it is looked at before anything is written
     record = finished_record(args)
-    wait_for_all()  # all have looked
+    wait_for_all()  # else one could write before another has looked
     if record is not None:
+        shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # of a stop at the very end
         say(f"{args.out} is finished:")
         print_summary(args, record)
         return record
@@ -1241,8 +1266,8 @@ def run(args):
     run.begin()
     say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
         f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
-    if run.resumed:
-        say(f"goes on in epoch {run.epoch + 1} of {'the teacher' if run.stage < 0 else 'pruning'}")
+    if run.saved is not None:
+        say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 
     # the teacher, a copy of the model, and what both make of the training set
     if run.stage == TEACHER:
@@ -1255,7 +1280,7 @@ def run(args):
         run.dense = evaluate(teacher, args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
         run.enter("banks")
-        store_ancestors(run, data, model, teacher)
+        store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
     del teacher  # all that is needed of it is stored
     ancestors = load_ancestors(run, data, device)
@@ -1266,12 +1291,13 @@ def run(args):
     structured = args.method == "structured"
     if not structured:
         add_masks(model, args.score_init)
-    elif run.resumed:
+    elif run.saved is not None:
         model = of_sizes(model, run.layer_sizes)  # as it was saved
     for run.stage in range(run.stage, len(stages(args))):
-        if structured and not run.resumed:
+        if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
         train(run, model, data, ancestors, some_dev)
+    del ancestors  # whose files are not needed any more
     if not structured:
         apply_masks(model)
     export(model, tokenizer, args.task, args.out / "model")
@@ -1295,7 +1321,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         join_processes()
-        run(args)
+        cap(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         lines = (str(error) or "out of memory").splitlines()
         print("error:", lines[0], file=sys.stderr)

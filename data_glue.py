@@ -120,13 +120,15 @@ def read_examples(task, path):
             if column is not None and column not in header:
                 raise ValueError(f"{path}, line {number}: no column {column!r}, only "
                                  f"{str(header):.300}")
-            columns[i] = column and header.index(column)
+            if column is not None:
+                columns[i] = header.index(column)
+    # a row each, but for those without a label
     text_a, text_b, label = columns
     examples = []
     for number, row in rows:
         if max(text_a, text_b or 0, label) >= len(row):
             raise ValueError(f"{path}, line {number}: only {len(row)} columns")
-        # SNLI's mark for "annotators did not agree"
+        # "-": SNLI's annotators did not agree
         if row[label] == "-" and task.labels == NLI:
             continue
         value = read_label(task, row[label], f"{path}, line {number}")
@@ -152,11 +154,13 @@ def read_rows(path):
 def read_label(task, written, where):
     """A label's position in the task's labels, or the value of a regression. ValueError that says
     where it stands, if it is none."""
+    # a class
     if task.labels is not None:
         if written not in task.labels:
             raise ValueError(f"{where}: label {written[:50]!r}, not one of "
                              f"{', '.join(task.labels)}")
         return list(task.labels).index(written)
+    # a number
     try:
         value = float(written)
     except ValueError:
@@ -190,6 +194,7 @@ def fetch_glue(task, name):
     path = cache / TASKS[task].folder / name
     if path.exists():
         return path
+    # MRPC has two sources, the others one archive
     if task == "mrpc":
         corpus, dev_ids = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"
         text = split_mrpc(
@@ -197,9 +202,12 @@ def fetch_glue(task, name):
             download(f"{GLUE_URL}/{dev_ids}", cache / dev_ids, SHA256[dev_ids]), name)
     elif TASKS[task].archive is not None:
         archive = TASKS[task].archive
-        with zipfile.ZipFile(download(f"{GLUE_URL}/{archive}", cache / archive,
-                                      SHA256[archive])) as unpacked:
-            text = unpacked.read(f"{TASKS[task].folder}/{name}")
+        packed = download(f"{GLUE_URL}/{archive}", cache / archive, SHA256[archive])
+        try:
+            with zipfile.ZipFile(packed) as unpacked:
+                text = unpacked.read(f"{TASKS[task].folder}/{name}")
+        except (zipfile.BadZipFile, KeyError):  # put there by hand
+            raise ValueError(f"{packed} is not GLUE's archive: delete it") from None
     else:
         raise FileNotFoundError(f"{path}: {task} is not downloaded; put the file there by hand "
                                 "or pass --data-dir")
@@ -302,9 +310,11 @@ class WordPiece:
         # no rule looks across a plain space, so the stretches between them can be cached
         a = [i for stretch in text_a.split(" ") for i in self.cached_ids(stretch)]
         b = [i for stretch in (text_b or "").split(" ") for i in self.cached_ids(stretch)]
+        # a pair that is too long
         room = max_length - (2 if text_b is None else 3)
         while len(a) + len(b) > room:
             (a if len(a) > len(b) else b).pop()
+        # special tokens and segments
         separator = [self.vocab["[SEP]"]]
         first = [self.vocab["[CLS]"], *a, *separator]
         second = [] if text_b is None else b + separator
@@ -340,7 +350,7 @@ class Encoded:
 
     tokens: torch.Tensor  # (sum of lengths,) int32
     starts: torch.Tensor  # (N + 1,) int64: example i is tokens[starts[i]:starts[i + 1]]
-    first: torch.Tensor  # (N,) int64: tokens of example i up to its first [SEP]
+    first: torch.Tensor  # (N,) int64: tokens of example i up to its first [SEP], which counts
     labels: torch.Tensor  # (N,) int64, or float32 for regression
 
     def __len__(self):
@@ -364,11 +374,13 @@ class Encoded:
     def batch(self, index):
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
         token_type_ids (B, T), labels (B,) and index (B,)."""
+        # which positions are tokens
         lengths = (self.starts[index + 1] - self.starts[index])[:, None]  # (B, 1)
         position = torch.arange(int(lengths.max()))[None]  # (1, T)
         real = position < lengths  # (B, T)
-        place = self.starts[index][:, None] + position.minimum(lengths - 1)
-        return {"input_ids": self.tokens[place].long() * real,  # [PAD] is id 0
+        # where they lie; padding reads the example's last token, which then becomes [PAD]
+        where = self.starts[index][:, None] + position.minimum(lengths - 1)  # (B, T)
+        return {"input_ids": self.tokens[where].long() * real,  # [PAD] is id 0
                 "attention_mask": real.long(),
                 "token_type_ids": (real & (position >= self.first[index][:, None])).long(),
                 "labels": self.labels[index], "index": index}

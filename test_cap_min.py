@@ -4,35 +4,28 @@ with other implementations, behaviour. A docstring derives the number that its t
 Run:  python -m pytest -q test_cap_min.py
 Parity with transformers, tokenizers and safetensors is tested where these are installed."""
 
-import _thread
 import contextlib
-import copy
 import functools
 import hashlib
-import http.server
-import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 import tracemalloc
-import types
 import xml.dom.minidom
 import zipfile
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,7 +39,7 @@ from bert_min import (BertClassifier, BertConfig, Layer, from_pretrained, load_s
                       save_pretrained, save_safetensors)
 from cap_min import (Ancestors, Mask, Run, StraightThrough, add_masks, apply_masks, cap_terms,
                      contrastive_loss, cubic_density, distillation_loss, encode, encoder_linears,
-                     gradient_shares, linear_lr, main, set_masks, sparsity_report, topk_mask, unit)
+                     gradient_shares, linear_lr, main, set_masks, sparsity_report, to_bank, topk_mask)
 from data_glue import TASKS, Example, WordPiece, batches, encode_task, load, score
 
 HERE = Path(__file__).parent
@@ -282,7 +275,7 @@ def cap_case(without=(), snapshots=1, rows=(EAST, EAST, EAST, EAST)):
     args = cap_min.parse(["--w-unsup", "0.5", "--w-sup", "7", "--extra", "2"])
     args.without = list(without)
     counts = {"prc": 1, "snc": snapshots, "fic": 1}
-    banks = {name: [unit(torch.tensor(rows))] * count for name, count in counts.items()
+    banks = {name: [to_bank(torch.tensor(rows))] * count for name, count in counts.items()
              if name not in without}
     labels = tensor([0, 1, 1, 0], LONG)
     batch = {"index": tensor([1], LONG), "labels": labels[1:2]}
@@ -401,8 +394,8 @@ def test_metrics():
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
 def test_mask_is_the_head_of_a_stable_sort(size, density):
     """For any scores, few distinct ones and periodic ones (which mislead a strided sample) too,
-    the mask marks the first k of a stable descending sort, alone and among others of its size.
-    Eq. (1)."""
+    the mask marks the first k of a stable descending sort, alone and among others of its size, by
+    what runs on a CPU and by what runs on a GPU. Eq. (1)."""
     torch.manual_seed(size)
     k = max(1, round(density * size))
     for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
@@ -413,6 +406,7 @@ def test_mask_is_the_head_of_a_stable_sort(size, density):
             assert torch.equal(topk_mask(scores.to(device), density).cpu(), wanted)
             both = torch.stack([scores, scores.flip(0)]).to(device)
             assert torch.equal(cap_min.mask_rows(both, density)[0].cpu(), wanted)
+            assert torch.equal(cap_min.largest_of_rows(both, k)[0].cpu(), wanted)
 
 
 @pytest.mark.parametrize("score_init", ["zero", "none"])
@@ -528,13 +522,13 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab, tmp_path):
     config = BertConfig(**{**vars(TINY), "num_labels": 3})
     model, teacher, data = BertClassifier(config), BertClassifier(config).eval(), toy_data(vocab)
     run, cpu = toy_run(tmp_path), torch.device("cpu")
-    cap_min.store_ancestors(run, data, model, teacher)
+    cap_min.store_ancestors(run, model, teacher, data)
     ancestors = cap_min.load_ancestors(run, data, cpu)
     assert {name: len(bank) for name, bank in ancestors.banks.items()} == {
         "prc": 1, "snc": 0, "fic": 1}
     snapshots = [BertClassifier(config), BertClassifier(config)]
     for snapshot in snapshots:
-        cap_min.add_snapshot(run, data, snapshot, ancestors)
+        cap_min.add_snapshot(run, snapshot, data, ancestors)
     wanted = {"prc": [model], "snc": snapshots, "fic": [teacher]}
     for banks in (ancestors.banks, cap_min.load_ancestors(run, data, cpu).banks):
         for name, models in wanted.items():
@@ -854,3 +848,810 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
         assert wanted is None or ours.encode(text_a, text_b, 13) == (wanted.ids, wanted.type_ids)
 
 
+# =============================================================== part 4: behaviour
+# ------------------------------------------------------------------------ run folder
+
+
+cap_min.LOG_EVERY = 1
+METHODS = {"movement": [], "soft": ["--method", "soft", "--penalty", "5000", "--mask-lr", "0.1"],
+           "structured": ["--method", "structured", "--sparsity", "0.25", "--epochs", "1"]}
+
+
+@pytest.fixture(scope="session")
+def command(pretrained, glue):
+    """command(out, method, *more): a run of 50 rows, of which an epoch has 7 steps: 2 epochs of the
+    teacher and 2 of pruning; CAP-f has 3 and 3 stages of one epoch."""
+    return lambda out, method="movement", *more: [
+        "--task", "sst2", "--model", str(pretrained), "--data-dir", str(glue), "--out", str(out),
+        "--sparsity", "0.9", "--epochs", "2", "--max-train", "50", "--batch-size", "8",
+        "--max-length", "16", "--device", "cpu", "--dtype", "fp32", "--lr", "3e-3",
+        *METHODS[method], *more]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, command):
+    """whole(method): the folder of a run that nobody stopped."""
+    @functools.cache
+    def whole(method):
+        out = tmp_path_factory.mktemp("whole")
+        assert main(command(out, method)) == 0
+        return out
+
+    return whole
+
+
+@pytest.fixture(scope="session")
+def finished(whole):
+    return whole("movement")
+
+
+def record_of(run):
+    return json.loads((run / "record.json").read_text())
+
+
+def log_of(run):
+    """The lines of a run's log but for times."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("ms", None), line.pop("examples_per_second", None)
+    return lines
+
+
+def steps_of(run):
+    """The lines of the steps of pruning."""
+    return [line for line in log_of(run) if line["phase"] == "prune" and "loss" in line]
+
+
+def test_run_folder(finished):
+    """It holds the model, its teacher, the configuration, the record with its keys, the log and a
+    curve in XML. What was left to the program is settled: a short run starts from magnitudes."""
+    assert {path.name for path in finished.iterdir()} == {
+        "teacher", "model", "config.json", "record.json", "log.jsonl", "curve.svg"}
+    xml.dom.minidom.parse(str(finished / "curve.svg"))
+    record = record_of(finished)
+    assert set(record) == {
+        "config", "seed", "versions", "source_sha256", "train_sha256", "examples", "dense",
+        "pruned", "sparsity", "seconds", "examples_per_second", "peak_memory_bytes"}
+    assert record["config"] == json.loads((finished / "config.json").read_text())
+    assert not {"out", "device", "checkpoint_minutes"} & set(record["config"])
+    assert record["config"]["score_init"] == "magnitude"
+    assert record["examples"] == {"train": 50, "dev": 40}
+    assert set(record["seconds"]) == {"teacher", "banks", "prune", "other", "total"}
+
+
+def test_log_tells_each_term_and_its_share(finished):
+    """Every step of the pruning phase has the terms, which sum to the loss, and their gradient
+    shares; SnC comes with the second epoch; every epoch has its dev score. Of 2 * 7 = 14 steps
+    round(0.09 * 14) = 1 is warm-up, the first 2 keep all, the last 3 a tenth."""
+    lines = steps_of(finished)
+    assert [line["step"] for line in lines] == list(range(14))
+    for line in lines:
+        names = {"ce", "kd", "prc", "fic"} | ({"snc"} if line["epoch"] else set())
+        assert set(line["gradient_share"]) == names
+        assert sum(line["gradient_share"].values()) == pytest.approx(1, abs=1e-3)
+        assert sum(line[name] for name in names) == pytest.approx(line["loss"])
+    assert [line["epoch"] for line in log_of(finished) if "dev" in line] == [0, 1]
+    assert [line["kept"] for line in lines[:4]] == [1, 1, 1, 0.1 + 0.9 * (8 / 9) ** 3]
+    assert lines[10]["kept"] > 0.1 and [line["kept"] for line in lines[11:]] == [1 - 0.9] * 3
+    assert max(line["lr"] for line in lines) == lines[1]["lr"] == 3e-3
+
+
+def test_export_has_exactly_k_weights_and_is_transformers(finished, vocab, glue):
+    """In the file, each matrix has exactly round(0.1 * numel) weights that are not 0; transformers
+    loads it, gives our logits, and its accuracy is the record's."""
+    stored = load_safetensors(finished / "model" / "model.safetensors")
+    record = record_of(finished)
+    assert len(record["sparsity"]["matrices"]) == 12
+    for name, sparsity in record["sparsity"]["matrices"].items():
+        zeros = stored[name].numel() - round(0.1 * stored[name].numel())
+        assert int((stored[name] == 0).sum()) == zeros == round(sparsity * stored[name].numel())
+    data = encode_task(load("sst2", "dev", glue), WordPiece(vocab), 16)
+    batch = cap_min.inputs(data.batch(torch.arange(len(data))))
+    for folder, key in (("teacher", "dense"), ("model", "pruned")):
+        ours, theirs = from_pretrained(finished / folder).eval(), in_transformers(finished / folder)
+        wanted = theirs(*batch).logits
+        assert (ours(*batch)[0] - wanted).abs().max() < 1e-5
+        accuracy = (wanted.argmax(1) == data.labels).float().mean().item()
+        assert accuracy == pytest.approx(record[key]["accuracy"])
+        assert theirs.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path, capsys):
+    """Another folder, the same command, the teacher of the first run: the same weights to the
+    last bit. Of 2 * (4 * 256 + 2 * 512) weights 2 * (4 * 26 + 2 * 51) are left, says the summary.
+    The command again does nothing; with another option it is refused."""
+    assert main(command(tmp_path, "movement", "--teacher", str(finished / "teacher"))) == 0
+    out = capsys.readouterr().out
+    assert "4,096 weights" in out and "412 weights" in out and "\n14/14 | 10.0% | " in out
+    first, second = (run / "model" / "model.safetensors" for run in (finished, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+    before = (finished / "record.json").stat().st_mtime_ns
+    assert main(command(finished)) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and "412 weights" in out and "14/14" not in out
+    assert main(command(finished, "movement", "--lr", "2e-3")) == 2
+    assert "(lr differ)" in capsys.readouterr().err
+    assert (finished / "record.json").stat().st_mtime_ns == before
+
+
+def test_recipe():
+    """The defaults are those of the paper's MNLI: 10 epochs of 392,702 rows in batches of 32 are
+    122,720 steps, scores from 0; below 30,000 steps from the magnitude. Weights and scores have
+    a learning rate each; the encoder's matrices have scores, the embeddings are frozen. There are
+    at most 30 flags. CAP-f and the demo have defaults of their own, which an option overrides."""
+    args = cap_min.parse(["--task", "mnli"])
+    assert len(vars(args)) <= 30 and (args.sparsity, args.w_unsup, args.w_sup) == (0.97, 0.1, 10)
+    for rows, start in ((392_702, "zero"), (96_000, "zero"), (95_968, "magnitude")):
+        args.score_init = "auto"
+        cap_min.settle_schedule(args, rows)
+        assert args.score_init == start
+    model = BertClassifier(TINY)
+    add_masks(model, "zero")
+    weights, scores = cap_min.make_optimizer(model, args).param_groups
+    assert (weights["peak"], scores["peak"], len(scores["params"])) == (3e-5, 1e-2, 12)
+    for name, p in model.named_parameters():
+        assert p.requires_grad != ("embeddings" in name)
+    stages = cap_min.parse(["--task", "mnli", "--method", "structured", "--w-sup", "4"])
+    assert (stages.sparsity, stages.epochs, stages.batch_size, stages.lr) == (0.9, 2, 16, 2e-5)
+    assert (stages.w_unsup, stages.w_sup, stages.kd_temperature) == (0.3, 4, 1)
+    demo = cap_min.parse(["--max-length", "16"])
+    assert (demo.task, demo.epochs, demo.max_length, demo.lr) == ("demo", 6, 16, 1e-3)
+    assert cap_min.run_config(demo)["model"] == "demo/model"
+    both = cap_min.parse(["--method", "structured"])
+    assert (both.epochs, both.batch_size, both.lr) == (2, 32, 1e-3)
+
+
+def test_curve_of_a_score_below_0(tmp_path):
+    """0 is drawn at the height 260, 1 at 40; Matthews' -0.1 stays on the axis."""
+    lines = [{"phase": "prune", "step": step, "kept": 1, "dev": {"matthews": value}}
+             for step, value in ((1, -0.1), (2, 0.5))]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cap_min.draw_curve(tmp_path, {"matthews": 1.0})
+    assert "310.0,260.0 560.0,150.0" in (tmp_path / "curve.svg").read_text()
+
+
+def test_step_line_fits_in_120_columns():
+    """With all six terms, after 122,720 steps of MNLI at 3 s each, and half a day to go."""
+    terms = dict.fromkeys(("ce", "kd", "prc", "snc", "fic", "l1"), 9.87654)
+    entry = {"kept": 0.123456, "loss": sum(terms.values()), "lr": 2.9e-5, "ms": 3000.0,
+             "examples_per_second": 10.7}
+    line = cap_min.step_line(entry, terms, torch.device("cpu"))
+    assert re.fullmatch(r"12.3% \| 59.26 = ce 9.88 kd 9.88 prc 9.88 snc 9.88 fic 9.88 l1 9.88 \| "
+                        r"2.9e-05 \| 3000, 11, \d+\.\d", line)
+    assert len(f"122720/122720 | {line} | 12:00:00") <= 120
+
+
+def test_gradient_shares_in_bf16(vocab, tmp_path):
+    """The contrastive terms read an fp32 copy of the pooled vectors, the classifier the vectors
+    themselves: the share is of the gradient that reaches both."""
+    run, data = toy_run(tmp_path, "--dtype", "bf16", "--without", "snc"), toy_data(vocab)
+    run.stage = 0
+    banks = {name: [to_bank(torch.randn(10, 16))] for name in ("prc", "fic")}
+    ancestors = Ancestors(banks, torch.randn(10, 2), data.labels)
+    cap_min.train(run, BertClassifier(TINY), data, ancestors, {"dev": data})
+    for line in log_of(tmp_path)[::2]:
+        assert len(line["gradient_share"]) == 4 and min(line["gradient_share"].values()) > 0
+
+
+def test_soft_run(whole):
+    """The penalty is lambda(t) mean sigmoid(S), where lambda(t) grows with the threshold: 0 in the
+    2 dense steps of 14, then 5000 (1 - (1 - 1/9)^3), and 5000 from step 11 on; the mean is 0.68 at
+    the start, where S = |W| / std(W), and falls. From step 11 on exactly k of all 4096 weights are
+    left; before, at most d(t). Eq. (8)."""
+    lines = steps_of(whole("soft"))
+    assert [line["l1"] for line in lines[:3]] == [0] * 3
+    assert lines[3]["l1"] / (1 - (1 - 1 / 9) ** 3) / 5000 == pytest.approx(0.68, abs=0.03)
+    assert 0.68 > lines[11]["l1"] / 5000 > lines[13]["l1"] / 5000 > 0
+    kept = [line["kept"] for line in lines]
+    densities = [cubic_density(step, 14, 1, 1 - 0.9, warm=2, cool=3) for step in range(14)]
+    assert all(fraction <= density for fraction, density in zip(kept, densities))
+    assert kept[11:] == densities[11:]
+    assert record_of(whole("soft"))["sparsity"]["kept"] == round(0.1 * 4096)
+
+
+def test_structured_run(whole, pretrained):
+    """At 25 %, floor(0.75 * 4) = 3 of 4 heads and 48 of 64 neurons are left after the stages of 10
+    and 20 %, each of which is a snapshot for the next. The files are that much smaller, the record
+    counts what is gone, the embeddings are as they were."""
+    out, before = whole("structured"), from_pretrained(pretrained, 2)
+    assert record_of(out)["sparsity"]["total"] == 0.25
+    model = from_pretrained(out / "model", None)
+    assert [sum(sizes) for sizes in zip(*model.config.layer_sizes)] == [3, 48]
+    assert sum(layer.weight.numel() for layer in encoder_linears(model).values()) == 0.75 * 4096
+    lines = [line for line in log_of(out) if "dev" in line]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(6, 0), (13, 1), (20, 2)]
+    assert lines[0]["kept"] > lines[1]["kept"] > lines[2]["kept"] == 0.75
+    assert ["snc" in line for line in steps_of(out)] == [False] * 7 + [True] * 14
+    for name, weight in before.bert.embeddings.state_dict().items():
+        assert torch.equal(model.bert.embeddings.state_dict()[name], weight)
+
+
+def test_regression_and_pairs(command, tmp_path):
+    """STS-B: one output, squared errors, Pearson and Spearman; the label is one column of ten.
+    Without the three contrastive terms it is movement pruning with distillation."""
+    (tmp_path / "STS-B").mkdir()
+    header = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
+    rows = [f"{i}\t.\t.\t.\t.\t.\t.\tgood film\t{'good ' * (i % 5)}\t{i % 5}" for i in range(48)]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
+    out = tmp_path / "run"
+    assert main(command(out, "movement", "--task", "stsb", "--data-dir", str(tmp_path), "--lr",
+                        "1e-3", "--epochs", "3", "--without", "snc", "prc", "fic")) == 0
+    assert set(record_of(out)["pruned"]) == {"pearson", "spearman"}
+    assert record_of(out)["dense"]["pearson"] > 0.5  # the number of words decides: can be learnt
+    assert set(steps_of(out)[-1]["gradient_share"]) == {"ce", "kd"}
+    assert from_pretrained(out / "model", None).config.num_labels == 1
+
+
+def test_what_is_random_is_a_function_of_its_place(monkeypatch):
+    """Seed, epoch and batch each change it; the number of the process only torch's part."""
+    def drawn(*place):
+        return cap_min.randomness(*place).random(), torch.rand(1).item()
+
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert len({number for place in places for number in drawn(*place)}) == 8
+    first = drawn(0, 0, 0)
+    monkeypatch.setattr(cap_min, "rank", lambda: 1)
+    assert drawn(0, 0, 0)[0] == first[0] and drawn(0, 0, 0)[1] != first[1]
+
+
+# ---------------------------------------------------------------------------- resume
+
+
+def assert_same(first, second):
+    """Two runs have the same weights to the last bit, and the same log but for times; what the
+    second needed to go on is gone."""
+    for name in ("teacher/model.safetensors", "model/model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert log_of(first) == log_of(second) and not (second / "checkpoint").exists()
+    for key in ("dense", "pruned", "sparsity"):
+        assert record_of(first)[key] == record_of(second)[key]
+
+
+def stop_at(monkeypatch, owner, name, number):
+    """At the `number`-th call of this function, Ctrl-C comes; later calls are as ever."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*given, **named):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return original(*given, **named)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+TEACHING = [(cap_min, "write_json", 1), (Run, "save", 1), (cap_min, "randomness", 10),
+            (torch, "save", 4), (cap_min, "export", 1), (cap_min, "encode", 1), (Run, "store", 2)]
+PRUNING = [(Run, "store", 4), (Run, "save", 8), (cap_min, "randomness", 21),
+           (cap_min, "add_snapshot", 1), (cap_min, "randomness", 28), (cap_min, "export", 2),
+           (cap_min, "make_record", 1), (cap_min, "draw_curve", 1)]
+STAGES = [(cap_min, "importance", 1), (cap_min, "randomness", 25), (cap_min, "remove_units", 2),
+          (cap_min, "randomness", 38), (cap_min, "add_snapshot", 2), (torch, "save", 20)]
+STOPS = [*(("movement", *place) for place in TEACHING + PRUNING),
+         *(("soft", *place) for place in PRUNING[2:6]),
+         *(("structured", *place) for place in STAGES)]
+
+
+@pytest.mark.parametrize("method, owner, name, number", STOPS,
+                         ids=[f"{stop[0]}-{stop[2]}-{stop[3]}" for stop in STOPS])
+def test_stopped_anywhere_the_run_ends_the_same(method, owner, name, number, whole, command,
+                                                tmp_path, monkeypatch):
+    """Exit status 130, and the same command goes on. A state is saved after every third step of
+    an epoch, so that up to two steps are done again, and their lines of the log cut off."""
+    monkeypatch.setattr(Run, "due", lambda run: run.batch % 3 == 0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, owner, name, number)
+        assert main(command(tmp_path, method)) == 130
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert main(command(tmp_path, method)) == 0
+    assert_same(whole(method), tmp_path)
+
+
+FORKS = multiprocessing.get_context("forkserver")  # whose processes need not import torch anew
+FORKS.set_forkserver_preload([__name__])
+
+
+def work(options, rank, count, port):
+    """What a process of its own does, one of `count` as torchrun would start them."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    sys.exit(main(options))
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+def start(options, count=1):
+    """`count` processes at work on one run."""
+    port = free_port()
+    started = [FORKS.Process(target=work, args=(options, i, count, port)) for i in range(count)]
+    for process in started:
+        process.start()
+    return started
+
+
+def ends(started):
+    """Exit statuses; that of a killed process is minus the signal's number."""
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def kill_after(log, lines, seconds, started):
+    """Kill all processes so many seconds after the log has so many lines."""
+    while started[0].is_alive() and not (log.exists() and log.read_text().count("\n") >= lines):
+        time.sleep(0.001)
+    time.sleep(seconds)
+    for process in started:
+        process.kill()
+    assert ends(started) == [-signal.SIGKILL] * len(started)
+
+
+@pytest.mark.parametrize("method", ["movement", "structured"])
+def test_killed_at_any_moment_the_run_ends_the_same(method, whole, command, tmp_path):
+    """SIGKILL comes thrice, up to 20 ms after a line of the log, while every step saves: within a
+    step, or within a save, of which a torn file stays, which does no harm."""
+    options, chance = command(tmp_path, method, "--checkpoint-minutes", "0"), random.Random(1)
+    for lines in (4, 16, 24):
+        kill_after(tmp_path / "log.jsonl", lines, chance.uniform(0, 0.02), start(options))
+        (tmp_path / "checkpoint" / "state.pt.tmp").write_bytes(b"torn")
+    assert ends(start(options)) == [0]
+    assert_same(whole(method), tmp_path)
+
+
+def test_a_damaged_state_and_other_rows_are_refused(command, glue, tmp_path, monkeypatch, capsys):
+    """After a stop, one label is changed: refused, until it is changed back. So is a state that is
+    cut short."""
+    folder, out = shutil.copytree(glue, tmp_path / "glue"), tmp_path / "run"
+    options = command(out, "movement", "--data-dir", str(folder), "--max-train", "320")
+    with monkeypatch.context() as patch:
+        stop_at(patch, cap_min, "export", 1)
+        assert main(options) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    state, train = out / "checkpoint" / "state.pt", folder / "SST-2" / "train.tsv"
+    for path, damaged, sentence in (
+            (state, state.read_bytes()[:-100], f"error: {state} is damaged: delete {out}\n"),
+            (train, train.read_bytes()[:-2] + b"0\n", f"{out} was begun with other training rows")):
+        content = path.read_bytes()
+        path.write_bytes(damaged)
+        assert main(options) == 2 and sentence in capsys.readouterr().err
+        path.write_bytes(content)
+    assert main(options) == 0 and "goes on after 2 epochs" in capsys.readouterr().out
+
+
+def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch):
+    """The third loss is not a number: two steps are behind the newest state. A gradient that is
+    none, of sqrt(x) at 0, is seen in the weights."""
+    factors = iter([1, 1, math.nan])
+    for loss, name, good in ((lambda logits, _: logits.sum() * next(factors), "ce", 2),
+                             (lambda logits, _: (0 * logits.sum()).sqrt(), "bert.embeddings", 0)):
+        monkeypatch.setattr(cap_min, "task_loss", loss)
+        run = toy_run(tmp_path / name, "--batch-size", "2", "--checkpoint-minutes", "0")
+        with pytest.raises(ValueError, match=f"^{name}.* is not finite at step .* a smaller --lr"):
+            cap_min.train(run, BertClassifier(TINY), toy_data(vocab))
+        state = torch.load(run.folder / "state.pt")
+        assert state["position"]["batch"] == good
+        assert all(weight.isfinite().all() for weight in state["model"].values())
+
+
+# ----------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("method", ["movement", "soft", "structured"])
+def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_path):
+    """Without dropout the weights are the same but for rounding; of the 13 batches of each epoch
+    the last has one example, and so none for the second process. A run that two processes began,
+    killed in its second epoch, one can end."""
+    model = shutil.copytree(pretrained, tmp_path / "pretrained")
+    config = BertConfig.from_json(model / "config.json")
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0
+    config.to_json(model / "config.json")
+    options = ["--model", str(model), "--teacher", str(finished / "teacher"), "--max-train", "97",
+               "--lr", "3e-4"]
+    one, two, both = (command(tmp_path / name, method, *options) for name in ("one", "two", "both"))
+    assert main(one) == 0 and ends(start(two, 2)) == [0, 0]
+    if method == "movement":
+        both += ["--checkpoint-minutes", "0"]
+        kill_after(tmp_path / "both" / "log.jsonl", 18, 0, start(both, 2))
+        assert main(both) == 0
+    wanted = load_safetensors(tmp_path / "one" / "model" / "model.safetensors")
+    for path in tmp_path.glob("*o*/model/model.safetensors"):
+        torch.testing.assert_close(load_safetensors(path), wanted, atol=1e-6, rtol=0)
+    logs = [steps_of(tmp_path / name) for name in ("one", "two")]
+    for first, second in zip(*logs, strict=True):
+        assert first["gradient_share"] == pytest.approx(second["gradient_share"], abs=2e-3)
+
+
+def test_two_machines(pretrained, glue, tmp_path):
+    """Two agents of torchrun, each with a cache of its own that holds model and data, and one run
+    folder for both."""
+    agents, port = [], free_port()
+    options = ["--task", "sst2", "--out", str(tmp_path / "run"), "--epochs", "2", "--max-train",
+               "50", "--batch-size", "8", "--max-length", "16", "--device", "cpu"]
+    for node in ("0", "1"):
+        shutil.copytree(glue, tmp_path / node / "glue")
+        shutil.copytree(pretrained, tmp_path / node / "bert-base-uncased")
+        agents.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
+             "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "1",
+             HERE / "cap_min.py", *options], stdout=subprocess.DEVNULL,
+            env=os.environ | {"CAP_CACHE": str(tmp_path / node), "OMP_NUM_THREADS": "1"}))
+    assert [agent.wait() for agent in agents] == [0, 0]
+    record = record_of(tmp_path / "run")
+    assert record["sparsity"]["kept"] == 2 * (4 * round(0.03 * 256) + 2 * round(0.03 * 512))
+    assert "2 processes" in record["versions"]["machine"]
+    assert record["config"]["model"] == "bert-base-uncased" and not record["config"]["data_dir"]
+
+
+# ------------------------------------------------------------------------------ CUDA
+
+
+@pytest.mark.cuda
+def test_a_gpu_computes_what_the_cpu_does(vocab):
+    """Of equal scores the first by index, there too. In fp32 pooled vectors differ by rounding, in
+    bf16 by its 8 bits; padding included."""
+    scores = torch.randint(50, (64, 96)).float()
+    assert torch.equal(topk_mask(scores.cuda(), 0.03).cpu(), topk_mask(scores, 0.03))
+    model, data = BertClassifier(TINY).eval(), toy_data(vocab)
+    wanted, model = encode(model, data), model.cuda()
+    assert torch.allclose(encode(model, data).cpu(), wanted, atol=1e-5)
+    assert torch.allclose(encode(model, data, "bf16").cpu(), wanted, atol=3e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["movement", "soft", "magnitude", "structured"])
+def test_run_on_a_gpu(method, command, vocab, glue, tmp_path, monkeypatch):
+    """In bf16, stopped at the first snapshot and ended by the same command: the file is as sparse
+    as was asked for, and scores the same on the CPU."""
+    options = command(tmp_path, "movement", "--method", method, "--sparsity", "0.5", "--device",
+                      "cuda", "--dtype", "bf16")
+    with monkeypatch.context() as patch:
+        stop_at(patch, cap_min, "add_snapshot", 1)
+        assert main(options) == 130
+    assert main(options) == 0
+    record, model = record_of(tmp_path), from_pretrained(tmp_path / "model")
+    assert record["sparsity"]["total"] >= 0.499 and "cuda" in record["versions"]["machine"]
+    dev = {"dev": encode_task(load("sst2", "dev", glue), WordPiece(vocab), 16)}
+    assert cap_min.evaluate(model, "sst2", dev) == record["pruned"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_two_gpus(command, tmp_path):
+    """By nccl, with what is exchanged on the CPU by gloo."""
+    assert ends(start(command(tmp_path, "movement", "--device", "cuda"), 2)) == [0, 0]
+    assert "2 processes" in record_of(tmp_path)["versions"]["machine"]
+
+
+# ---------------------------------------------------------------------- command line
+
+
+def test_the_cpu_is_tuned(monkeypatch):
+    """1e-39 lies below the smallest normal number, 1.2e-38: half of it, 5e-40, counts as 0. oneDNN
+    is told to keep 16,384 products, unless it has been told how many."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    torch.set_flush_denormal(False)
+    cap_min.tune_cpu()
+    assert (torch.tensor([1e-39]) / 2).item() == 0 and os.environ[name] == "16384"
+    monkeypatch.setenv(name, "7")
+    cap_min.tune_cpu()
+    assert os.environ[name] == "7"
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--task", "mnlii"), ("--method", "hard"), ("--sparsity", "97"), ("--sparsity", "nan"),
+    ("--sparsity", "1.0"), ("--epochs", "0"), ("--batch-size", str(2 ** 31)), ("--seed", "-1"),
+    ("--max-train", "-3"), ("--w-sup", "nan"), ("--w-kd", "-1"), ("--lr", "0"),
+    ("--temperature", "cold"), ("--without", "all"), ("--checkpoint-minutes", "inf")])
+def test_bad_arguments_are_argparses(flag, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--task", "sst2", flag, value])
+    assert stop.value.code == 2 and f"error: argument {flag}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+    (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--teacher", "nowhere"], "nowhere: no such folder"),
+    (["--data-dir", "nowhere"], "nowhere/SST-2/train.tsv"),
+    (["--max-length", "33"], "the model's 32 positions"), (["--max-length", "1"], "--max-length 1"),
+    (["--epochs", "1", "--batch-size", "10"], "5 steps with --warmup 0.09 have no room"),
+    (["--warmup", "0.2"], "14 steps with --warmup 0.2 have no room"),
+    (["--teacher", "swapped"], "swapped: its labels are ['positive', 'negative']"),
+    (["--teacher", "small"], "small: its "),
+    (["--model", "swapped"], "has 43 pieces, the model knows 42")])
+def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretrained, tmp_path,
+                                           monkeypatch, capsys):
+    """Exit status 2, one line on stderr, and no run folder has been made. A teacher that calls
+    class 0 "positive" would teach the opposite in silence; one of another size has no bank."""
+    monkeypatch.chdir(tmp_path)
+    model = from_pretrained(pretrained)
+    model.config.id2label = {0: "positive", 1: "negative"}
+    save_pretrained(model, "swapped")
+    Path("swapped/vocab.txt").write_text("\n".join([*PIECES, "more"]), "utf-8")
+    save_pretrained(BertClassifier(BertConfig(**{**vars(TINY), "hidden_size": 8})), "small")
+    capsys.readouterr()
+    assert main(command("run", "movement", *options)) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("run", b"mine", "run is no run folder"), ("run/thesis.tex", b"mine", "run is no run folder"),
+    ("run/config.json", b"[", "config.json: damaged, not a JSON file"),
+    ("run/config.json", b'{"hidden_size": 16}', "run belongs to another run (task, sparsity")])
+def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, command, tmp_path,
+                                                      capsys):
+    """Nothing in it has changed, and nothing is new."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    before = list(tmp_path.rglob("*"))
+    assert main(command(tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert (tmp_path / name).read_bytes() == content and list(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
+    """Where no file can grow over 20,000 bytes: one sentence that names the file; what was written
+    of it is gone, and an earlier file of that name is whole."""
+    out, path = tmp_path / "run", tmp_path / "whole"
+    save_safetensors({"a": torch.ones(2)}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        assert main(command(out)) == 2
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            save_safetensors({"a": torch.ones(9000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (f"error: {out}/checkpoint/state.pt could not be written: the disk may be full; what "
+            "was saved before is kept\n") == capsys.readouterr().err
+    files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == {"config.json", "log.jsonl", "whole"}
+    assert load_safetensors(path)["a"].tolist() == [1, 1]
+
+
+# ----------------------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize("task, text, sentence", [
+    ("sst2", b"sentence\tlabel\ngood\t1\nbad\t2\n", "line 3: label '2', not one of 0, 1"),
+    ("sst2", b"sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only ['sentence', 'l"),
+    ("sst2", b"sentence\tlabel\ngood 1\n", "line 2: only 1 columns"),
+    ("sst2", b"sentence\tlabel\n", "no examples"),
+    ("sst2", b"\n\nlabel\n", "line 3: no column 'sentence', only ['label']"),
+    ("sst2", b"sentence\tlabel\ngood\t1\n\xff\t1\n", "line 3: not valid UTF-8"),
+    ("sst2", b"sentence\tlabel\ngood\t" + b"1" * 9000, f"label '{'1' * 50}', not one of 0, 1"),
+    ("sst2", b"x" * 9000, "line 1: no column 'sentence', only ['xxx"),
+    *(("stsb", b"sentence1\tsentence2\tscore\na\tb\t0\na\tb\t5\na\tb\t" + written,
+       "line 4: '%s' is not a number from 0 to 5" % written.decode())
+      for written in (b"nan", b"inf", b"5.1", b"-1", b"", b"good"))])
+def test_bad_data_is_named_by_file_and_line(task, text, sentence, tmp_path):
+    (tmp_path / TASKS[task].folder).mkdir()
+    (tmp_path / TASKS[task].folder / "train.tsv").write_bytes(text)
+    with pytest.raises(ValueError, match="train.tsv.*" + re.escape(sentence)) as error:
+        load(task, "train", tmp_path)
+    assert len(str(error.value)) < 500
+
+
+def test_glue_files_as_they_are(tmp_path):
+    """A byte-order mark, quotes that are text, columns by name in any order, CoLA without a header,
+    "-" where SNLI's annotators did not agree."""
+    for folder in ("MRPC", "CoLA", "snli"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "MRPC/train.tsv").write_text(
+        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n', "utf-8")
+    (tmp_path / "CoLA/train.tsv").write_text("gj04\t0\t*\tIt was\u2028good.\n", "utf-8")
+    (tmp_path / "snli/dev.tsv").write_text(
+        "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
+    assert load("mrpc", "train", tmp_path) == [('"He said', '"', 1)]
+    assert load("cola", "train", tmp_path) == [("It was\u2028good.", None, 0)]
+    assert load("snli", "dev", tmp_path) == [("d", "c", 1)]
+
+
+# --------------------------------------------------------------------- load and save
+
+
+def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
+    """Without the prefix `bert.`, with gamma/beta, half precision, pre-training heads, or as
+    pytorch_model.bin: the same weights, and one line tells what was ignored and what is new."""
+    wanted = load_safetensors(pretrained / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    old = {name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+           .replace("LayerNorm.bias", "LayerNorm.beta"): tensor.bfloat16()
+           for name, tensor in wanted.items() if not name.startswith("classifier")}
+    old["cls.predictions.bias"] = torch.zeros(3)
+    for save, name in ((torch.save, "pytorch_model.bin"), (save_safetensors, "model.safetensors")):
+        save(old, tmp_path / name)
+        state = from_pretrained(tmp_path, num_labels=3).bert.state_dict()
+        for key, weight in state.items():
+            assert torch.equal(weight, wanted["bert." + key].bfloat16().float())
+        assert (f"{tmp_path / name}: ignored 1 tensors ['cls.predictions.bias'], newly initialised "
+                "['classifier.weight', 'classifier.bias']\n") == capsys.readouterr().out
+    from_pretrained(pretrained, num_labels=3)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pooler, sentence", [
+    (torch.zeros(0), "missing or of another shape"), (torch.zeros(16, 15), "of another shape"),
+    (torch.zeros(16, 16, dtype=LONG), "or type than"), (torch.full((16, 16), math.nan), "damaged"),
+    (torch.full((16, 16), 1e300, dtype=DOUBLE), "damaged")])
+def test_weights_that_do_not_fit_are_refused(pooler, sentence, pretrained, tmp_path):
+    """A misshapen or whole-number tensor is named, and so is one with a NaN or with what double
+    precision alone holds; a fine-tuned model must have its classifier."""
+    shutil.copytree(pretrained, tmp_path, dirs_exist_ok=True)
+    tensors = load_safetensors(pretrained / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_safetensors(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors are missing .*: classifier.bias"):
+        from_pretrained(tmp_path, num_labels=None)
+    tensors["bert.pooler.dense.weight"] = pooler
+    save_safetensors(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{sentence}.* bert.pooler.dense.weight"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, sentence", [
+    ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
+    ("vocab.txt", b"[PAD]\n\xff\n", "vocab.txt, line 2: not valid UTF-8"),
+    ("tokenizer_config.json", b'{"do_lower_case": "no"}', "do_lower_case is neither true nor"),
+    *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
+      for content in (b"", b"[]", b"\xff", b"[" * 9999, b"9" * 5000)),
+    ("config.json", b"", "config.json: damaged, not a JSON file"),
+    ("config.json", b'{"model_type": "roberta"}', "model_type is 'roberta', only 'bert' is known"),
+    ("config.json", b'{"hidden_act": "relu"}', "hidden_act is 'relu', only 'gelu' is known here"),
+    *(("config.json", content, "config.json: no model has these sizes")
+      for content in (b'{"hidden_size": "16"}', b'{"num_attention_heads": 0}',
+                      b'{"vocab_size": -1}', b'{"pad_token_id": 40000}')),
+    ("config.json", b'{"id2label": ["good", "bad"]}', "config.json: id2label"),
+    ("config.json", b'{"vocab_size": 1000000000000}', "tensors are missing or of another shape"),
+])
+def test_damaged_model_folders_are_refused(name, content, sentence, pretrained, tmp_path):
+    """One sentence names the file, and the line or the key, before any memory is taken."""
+    shutil.copytree(pretrained, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        data_glue.load_tokenizer(tmp_path)
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("old, new, size", [
+    (b"", b"", 31), (b"", b"", 33), (b"[0, 24]", b"[4, 28]", 32), (b"[2, 3]", b"[2, 4]", 32),
+    (b"[2, 3]", b"[-2, -3]", 32), (b"F32", b"F31", 32), (b"[24, 32]", b"[16, 24]", 32),
+    (b"[24, 32]", b"[24, 32.0]", 32), (b"[2, 3]", b"[2, 3%s]" % (b", 1" * 64), 32),
+    (b"[2, 3]", b"[%s6]" % (b"6, " * 999), 32), (b"}}", b"}, " + b'"a\\n": {}}', 32),
+    (b"}}", b"}}" + b" " * 10 ** 7, 32), (b"{", b"[", 32), (b"{", b"{" * 5000, 32)])
+def test_damaged_safetensors_are_refused(old, new, size, tmp_path):
+    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, of 66 or
+    1000 dimensions, with an odd name, with a header of 10 MB or of something else: one sentence
+    that names the file. The sound file, with 32 bytes of data, loads."""
+    path = tmp_path / "weights"
+    save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
+    assert load_safetensors(path)["b"].tolist() == [1, 1]
+    raw = path.read_bytes()
+    header, data = raw[8:-32].replace(old, new), raw[-32:] + b"x"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[:size])
+    with pytest.raises(ValueError, match="weights: damaged, not a whole safetensors file") as error:
+        load_safetensors(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_memory_is_that_of_the_tensors(tmp_path):
+    """A file of 64 MB is read once. Of one that says it has a terabyte, nothing is."""
+    path = tmp_path / "weights"
+    save_safetensors({"a": torch.ones(2 ** 24)}, path)
+    for tail, most in ((0, 2 ** 26 + 2 ** 23), (2 ** 40, 2 ** 20)):
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size + tail)  # without blocks on the disk
+        tracemalloc.start()
+        with pytest.raises(ValueError) if tail else contextlib.nullcontext():
+            load_safetensors(path)
+        assert tracemalloc.get_traced_memory()[1] < most  # numpy's memory counts
+        tracemalloc.stop()
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("content", [[], {"model": {"a": torch.ones(1)}}, {"a": 1.0}, Bomb()])
+def test_pickles_of_other_things_are_refused(content, tmp_path, monkeypatch):
+    """Lists, nested containers, numbers, what would run code, and a file that is cut short."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "model.bin")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="model.bin: not a weight file of tensors alone"):
+            bert_min.load_bin("model.bin")
+        Path("model.bin").write_bytes(Path("model.bin").read_bytes()[:-200])
+    assert not Path("ran").exists()
+
+
+# -------------------------------------------------------------------------- download
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (b"HTTP/1.0 200 OK\r\n\r\nother", "invalid hash value"), (b"nonsense\r\n", "nonsense"),
+    (b"HTTP/1.0 404 Not Found\r\n\r\n", "404"), (b"", "without response"), (None, "refused")])
+def test_a_download_that_fails_leaves_nothing(answer, reason, tmp_path):
+    """Other bytes, an answer that is none, no file, no answer, no server: one sentence names
+    address, cause and the place where the file can be put by hand."""
+    path, server = tmp_path / "cache" / "big", socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{server.getsockname()[1]}/big"
+
+    def serve():
+        with server, server.accept()[0] as connection:
+            connection.recv(9999)
+            connection.sendall(answer)
+
+    if answer is None:
+        server.close()
+    else:
+        threading.Thread(target=serve, daemon=True).start()
+    with pytest.raises(OSError, match=rf"^{address} could not be downloaded \(.*{reason}.*\); put "
+                                      f"the file at {path} by hand, or pass --model or --data-dir"):
+        bert_min.download(address, path, "0" * 64)
+    assert not list(path.parent.iterdir())
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder whose files are had as file://...; the cache lies beside it."""
+    monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "served").mkdir()
+    for module, name in ((bert_min, "BERT_BASE_URL"), (data_glue, "GLUE_URL"),
+                         (data_glue, "SENTEVAL_URL")):
+        monkeypatch.setattr(module, name, f"file://{tmp_path}/served")
+    return tmp_path / "served"
+
+
+def test_bert_base_is_downloaded_by_name(served, pretrained, monkeypatch):
+    """Three files, each with its SHA-256; what is there is not asked for again."""
+    names = ("config.json", "vocab.txt", "model.safetensors")
+    for name in names:
+        shutil.copy(pretrained / name, served)
+    right = {name: sha256(served / name) for name in names}
+    monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right | {"vocab.txt": "0" * 64})
+    with pytest.raises(OSError, match="vocab.txt could not be downloaded"):
+        from_pretrained("bert-base-uncased")
+    cache = served.parent / "cache" / "bert-base-uncased"
+    assert [path.name for path in cache.iterdir()] == ["config.json"]
+    (served / "config.json").unlink()
+    monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right)
+    got, wanted = from_pretrained("bert-base-uncased"), from_pretrained(pretrained)
+    for name, weight in wanted.bert.state_dict().items():
+        assert torch.equal(got.bert.state_dict()[name], weight)
+
+
+def test_glue_archives_are_downloaded_and_unpacked(served, glue, monkeypatch):
+    """SST-2's zip gives its two files; MRPC's dev set is the listed pairs of the corpus; snli is
+    not downloaded; what was put there by hand and is no zip, or another one, is named."""
+    with zipfile.ZipFile(served / "SST-2.zip", "w") as archive:
+        for name in ("train.tsv", "dev.tsv"):
+            archive.write(glue / "SST-2" / name, f"SST-2/{name}")
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    (served / "msr_paraphrase_train.txt").write_text(
+        header + "1\t10\t11\ta\tb\n0\t20\t21\tc\td\n", "utf-8")
+    (served / "mrpc_dev_ids.tsv").write_text("20\t21\n")
+    for path in served.iterdir():
+        monkeypatch.setitem(data_glue.SHA256, path.name, sha256(path))
+    assert all(load("sst2", split) == load("sst2", split, glue) for split in ("train", "dev"))
+    assert load("mrpc", "train") == [("a", "b", 1)] and load("mrpc", "dev") == [("c", "d", 0)]
+    with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
+        load("snli", "dev")
+    for content in (b"<html>", (served / "SST-2.zip").read_bytes()):
+        (served.parent / "cache" / "glue" / "RTE.zip").write_bytes(content)
+        with pytest.raises(ValueError, match="RTE.zip"):
+            load("rte", "dev")

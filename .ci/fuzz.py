@@ -24,36 +24,28 @@ from data_glue import TASKS, load, load_tokenizer
 
 SECONDS, LETTERS = 5, 600  # that a reader may take, and that its sentence may have
 SPARE = 2 ** 25  # bytes that it may take beside twice the file
+FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "vocab.txt", "train.tsv")
+PIECES = "[PAD] [UNK] [CLS] [SEP] a good bad film is un ##aff ##able ##s ! 中 ##文".split()
 ODD_BYTES = [b"", b"\n", b"\t", b"\r", b"\xff", b"\0", b"\xef\xbb\xbf", b'"', b"\xe2\x80\xa8",
              b"nan", b"9" * 5000, b"[" * 5000]
 ODD_VALUES = [0, -1, 1, 4, 2 ** 24, 2 ** 40, 2 ** 63, 10 ** 400, 1.5, math.nan, True, None, "",
               "F16", "a\nb\ud800", [], [0], [0, 0], [2 ** 40] * 3, [1] * 10_000, {}, {"0": "a"}]
-PIECES = "[PAD] [UNK] [CLS] [SEP] a good bad film is un ##aff ##able ##s ! 中 ##文".split()
-FILES = ("model.safetensors", "config.json", "tokenizer_config.json", "vocab.txt", "train.tsv")
 
 
-def make_folder(folder):
-    """A tiny model with all its files, and a config.json with all its fields."""
+def make_folder(folder, task, rng):
+    """A tiny model, and a train.tsv of the task in which some label may be odd."""
     config = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2,
                         num_attention_heads=2, intermediate_size=32, max_position_embeddings=32,
                         num_labels=3, layer_sizes=[[2, 32], [1, 8]])
     save_pretrained(BertClassifier(config), folder)
     (folder / "vocab.txt").write_text("\n".join(PIECES), "utf-8")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 32}')
-
-
-def make_rows(task, rng):
-    """The text of a train.tsv of this task, whose labels are now and then odd."""
     labels = [*(task.labels or ("2.5", "4", "nan", "1e999", "5.1")), "-"]
-    if isinstance(task.label, int):  # CoLA, which has no header
-        rows = [["film", rng.choice(labels), "*", f"good {i} 中"] for i in range(4)]
-    else:
-        columns = [task.text_a, task.label] + [task.text_b] * (task.text_b is not None)
-        rows = [columns]
-        for i in range(4):
-            cells = {task.text_a: f"good {i} 中", task.label: rng.choice(labels)}
-            rows.append([cells.get(column, "a film") for column in columns])
-    return "\n".join("\t".join(row) for row in rows).encode()
+    rows = [["film", rng.choice(labels), "*", "a good film"]]  # CoLA's, which has no header
+    if isinstance(task.label, str):
+        columns = [task.label, task.text_a, task.text_b or "index"]
+        rows = [columns] + [[rng.choice(labels), f"film {i} 中", "good"] for i in range(4)]
+    (folder / "train.tsv").write_text("\n".join("\t".join(row) for row in rows), "utf-8")
 
 
 def mutate_bytes(data, rng):
@@ -84,30 +76,20 @@ def mutate_values(value, rng):
 
 def mutate(data, name, rng):
     """The bytes of a file; most of the JSON ones mutated as JSON, weights with a new length."""
-    length = int.from_bytes(data[:8], "little") if name == "model.safetensors" else 0
-    if name.endswith((".txt", ".tsv")) or rng.random() < 0.3:
+    if name.endswith((".txt", ".tsv")) or rng.random() < 0.5:
         return mutate_bytes(data, rng)
-    header, rest = (data[8:8 + length], data[8 + length:]) if length else (data, b"")
-    if rng.random() < 0.3:
-        header = mutate_bytes(header, rng)
-    else:
-        tree = json.loads(header)
-        for _ in range(rng.randint(1, 3)):
-            mutate_values(tree, rng)
-        if type(tree.get("num_hidden_layers")) is int:  # so many layers may be wanted
-            tree["num_hidden_layers"] = min(tree["num_hidden_layers"], 100)
-        header = json.dumps(tree).encode()
-    return (len(header).to_bytes(8, "little") if length else b"") + header + rest
-
-
-def read(name, folder, task, rng):
-    """Give the file to its reader."""
-    if name == "train.tsv":
-        load(task, "train", folder)
-    elif name in ("vocab.txt", "tokenizer_config.json"):
-        load_tokenizer(folder)
-    else:
-        from_pretrained(folder, rng.choice((None, 2, 3)))
+    weights = name == "model.safetensors"
+    header, rest = data, b""
+    if weights:
+        length = int.from_bytes(data[:8], "little")
+        header, rest = data[8:8 + length], data[8 + length:]
+    tree = json.loads(header)
+    for _ in range(rng.randint(1, 3)):
+        mutate_values(tree, rng)
+    if type(tree.get("num_hidden_layers")) is int:  # a million layers may be what is wanted
+        tree["num_hidden_layers"] = min(tree["num_hidden_layers"], 100)
+    header = json.dumps(tree).encode()
+    return (len(header).to_bytes(8, "little") if weights else b"") + header + rest
 
 
 class TooLong(BaseException):
@@ -124,23 +106,24 @@ def peak():
 
 
 def fuzz(name, seed, folder):
-    """Mutate one file and read it. Returns the sentence with which it was refused, or ""."""
+    """Mutate one file and read it; the sentence with which it was refused, or ""."""
     rng = random.Random(f"{name} {seed}")
-    task, path = rng.choice(list(TASKS)), folder / name
-    make_folder(folder)
-    if name == "train.tsv":
-        path = folder / TASKS[task].folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(make_rows(TASKS[task], rng))
-    data = mutate(path.read_bytes(), name, rng)
-    path.write_bytes(data)
+    task = rng.choice(list(TASKS))
+    make_folder(folder, TASKS[task], rng)
+    data, sentence = mutate((folder / name).read_bytes(), name, rng), ""
+    (folder / name).write_bytes(data)
+    (folder / TASKS[task].folder).symlink_to(folder)
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before, sentence = peak(), ""
+    before = peak()
     signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            read(name, folder, task, rng)
+            if name == "train.tsv":
+                load(task, "train", folder)
+            else:
+                load_tokenizer(folder)
+                from_pretrained(folder, rng.choice((None, 2, 3)))
     except (ValueError, OSError) as error:
         sentence = str(error).split("\n")[0]
         assert len(sentence) <= LETTERS, sentence
@@ -157,7 +140,7 @@ def main():
     args = parser.parse_args()
     signal.signal(signal.SIGALRM, out_of_time)
     with tempfile.TemporaryDirectory() as folder:  # what torch loads the first time is not counted
-        make_folder(Path(folder))
+        make_folder(Path(folder), TASKS["mnli"], random.Random(0))
         from_pretrained(folder, 3)
     broken = 0
     for name in FILES:

@@ -229,7 +229,7 @@ def pruning_phase(args, data, model):
     """The pruning phase as in cap_min.run, of a model that is its own teacher; returns its
     ancestors. The dev set has SST-2's and MNLI's share of the training set."""
     run, dev = begin(args, data), data.head(math.ceil(len(data) / 100))
-    cap_min.store_ancestors(run, data, model, model)
+    cap_min.store_ancestors(run, model, model, data)
     ancestors = cap_min.load_ancestors(run, data, model.classifier.weight.device)
     cap_min.add_masks(model, args.score_init)
     run.stage = 0

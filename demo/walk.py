@@ -42,13 +42,13 @@ def prepare(folder):
     # the teacher, and what it and the pre-trained model make of the rows
     teacher = copy.deepcopy(model)
     cap_min.train(run, teacher, data)
-    cap_min.store_ancestors(run, data, model, teacher)
+    cap_min.store_ancestors(run, model, teacher, data)
     ancestors = cap_min.load_ancestors(run, data, device)
     # the model's first epoch, and a snapshot of it
     cap_min.add_masks(model, args.score_init)
     args.epochs, run.stage, run.epoch = 1, 0, 0
     cap_min.train(run, model, data, ancestors, {})
-    cap_min.add_snapshot(run, data, model, ancestors)
+    cap_min.add_snapshot(run, model, data, ancestors)
     cap_min.set_masks(model, DENSITY)
     return args, rows, data, model.eval(), ancestors
 

@@ -114,7 +114,7 @@ def compare(args, seeds):
             print(f"\n{name}", flush=True)
             options = {"seed": seed, "teacher": teacher, "method": method, "without": without,
                        "out": args.out / name}
-            record = cap_min.run(argparse.Namespace(**vars(args) | options))
+            record = cap_min.cap(argparse.Namespace(**vars(args) | options))
             records[name] = record
             if teacher is None:
                 teacher = str(args.out / name / "teacher")
@@ -331,18 +331,18 @@ def main(argv=None):
     studies = parser.add_subparsers(dest="study", required=True)
     add = studies.add_parser("compare", allow_abbrev=False, help="CAP, its ablations, plain "
                              "pruning; takes all options of cap_min.py too").add_argument
-    add("--seeds", type=cap_min.whole_number, default=1, help="how many, from --seed on")
+    add("--seeds", type=cap_min.number(int, 1), default=1, help="how many, from --seed on")
     add("--out", type=Path, help="folder; None: runs/TASK-SPARSITY-compare")
     add = studies.add_parser("probe", help="linear classifiers on frozen encoders").add_argument
     add("run", type=Path, help="folder of a finished run")
     add("--task", choices=TASKS, required=True)
     add("--data-dir", help="folder with the task's folder; None: downloaded")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--max-train", type=cap_min.whole_number, help="training rows; None: all")
+    add("--max-train", type=cap_min.number(int, 1), help="training rows; None: all")
     add = studies.add_parser("grid", help="a list of runs, several at once").add_argument
     add("list", type=Path, help="file with the options of one run a line")
-    add("--jobs", type=cap_min.whole_number, default=1, help="runs at once")
-    add("--minutes", type=cap_min.positive, default=math.inf, help="after which it ends")
+    add("--jobs", type=cap_min.number(int, 1), default=1, help="runs at once")
+    add("--minutes", type=cap_min.number(float, 0), default=math.inf, help="after which it ends")
     add("--out", type=Path, required=True, help="folder")
     args, rest = parser.parse_known_args(argv)
     if rest and args.study != "compare":

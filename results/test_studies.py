@@ -78,7 +78,7 @@ def test_compare_table(tmp_path, monkeypatch):
         return {"config": {"task": "demo"}, "seed": args.seed, "dense": {"accuracy": 0.9},
                 "pruned": {"accuracy": score}}
 
-    monkeypatch.setattr(cap_min, "run", run)
+    monkeypatch.setattr(cap_min, "cap", run)
     assert studies.main(["compare", "--seeds", "2", "--seed", "3", "--out", str(tmp_path)]) == 0
     rows = (tmp_path / "compare.md").read_text().splitlines()
     assert len(rows) == 2 + 7 + 1
@@ -109,7 +109,7 @@ def test_compare_runs_everything_once(compared, capsys):
 @pytest.mark.parametrize("options", [["--without", "prc"], ["--method", "soft"]])
 def test_compare_has_its_own_methods(options, monkeypatch, capsys):
     """One sentence, and nothing is run."""
-    monkeypatch.setattr(cap_min, "run", None)
+    monkeypatch.setattr(cap_min, "cap", None)
     assert studies.main(["compare", *options]) == 2
     assert "compare sets --method and --without itself" in capsys.readouterr().err
 
