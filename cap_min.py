@@ -93,12 +93,18 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample tells two numbers between which the k-th largest lies
+    # a sorted sample gives a number that about k exceed; how many too few they are is counted
     sample = np.sort(row[::127])
-    expected = len(sample) * (1 - k / len(row))
-    margin = 2 + 4 * math.sqrt(expected * k / len(row))
-    low = sample[max(0, int(expected - margin))]
-    high = sample[min(len(sample) - 1, int(expected + margin))]
+    middle = int(len(sample) * (1 - k / len(row)))
+    low = high = sample[middle]
+    missing = k - np.count_nonzero(row > low)
+    # so far from it, in places of the sample, is the k-th largest
+    distance = abs(missing) / 127
+    reach = int(distance + 2 + 3 * math.sqrt(distance))
+    if missing > 0:
+        low = sample[max(0, middle - reach)]
+    else:
+        high = sample[min(len(sample) - 1, middle + reach)]
     # what is larger is kept, and only what lies between has to be searched
     mask = row > high
     missing = k - np.count_nonzero(mask)
@@ -760,6 +766,7 @@ def remove_least_important(run, model, data, ancestors, sparsity):
 
 
 # --------------------------------------------------------- run folder and checkpoint
+
 
 @dataclass
 class Run:

@@ -1,13 +1,10 @@
 """GLUE as BERT sees it: the tasks' files, WordPiece, length-bucketed batches and GLUE's metrics.
-Only torch and numpy are needed.
 
 Papers: Wang et al., "GLUE" (arXiv 1804.07461); WordPiece as in BERT (arXiv 1810.04805, section 3).
 Use:    from data_glue import TASKS, WordPiece, load, encode_task, batches, score
         data = encode_task(load("mnli", "train"), WordPiece("vocab.txt"), max_length=128)
         for batch in batches(data, batch_size=32, seed=0, epoch=0): ...
-
-Symbols in the shape comments
-    N  examples in a split          B  examples in a batch        T  tokens in the longest one
+Sizes:  N examples in a split, B in a batch, T tokens in the longest one
 """
 
 import array
@@ -31,7 +28,6 @@ from bert_min import cache_folder, download, read_json, replacing, write_json
 @dataclass(frozen=True)
 class Task:
     """Where a task's texts and labels stand, and how it is scored.
-
     `labels` maps a label as the file writes it to its word, in the order of the classifier's
     outputs; None means regression. A column is named by its header (in CoLA, which has none, by
     its position). A task of single sentences has no `text_b`."""
@@ -52,7 +48,9 @@ class Task:
     @property
     def words(self):
         """The labels' words in the order of the classifier's outputs; [] for regression."""
-        return list(self.labels.values()) if self.labels else []
+        if self.labels is None:
+            return []
+        return list(self.labels.values())
 
 
 def same(*words):
@@ -97,16 +95,17 @@ class Example(NamedTuple):
 def load(task, split, data_dir=None):
     """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm").
 
-    task: a name in TASKS. data_dir: the folder that holds the task's folder; without it, the demo's
-    lies beside this file, and GLUE's own are downloaded once into the cache. ValueError, naming
-    file and line, for anything that is not as the task says; FileNotFoundError for a file that is
-    not there."""
+    data_dir: the folder that holds the task's folder; without it, the demo's lies beside this file,
+    and GLUE's own are downloaded once into the cache. ValueError, naming file and line, for what is
+    not as the task says; FileNotFoundError for a file that is not there."""
     name = TASKS[task].files[split]
     if task == "demo" and data_dir is None:
         data_dir = Path(__file__).parent
     if data_dir is None:
-        return read_examples(TASKS[task], fetch_glue(task, name))
-    return read_examples(TASKS[task], Path(data_dir) / TASKS[task].folder / name)
+        path = fetch_glue(task, name)
+    else:
+        path = Path(data_dir) / TASKS[task].folder / name
+    return read_examples(TASKS[task], path)
 
 
 def read_examples(task, path):
@@ -152,15 +151,12 @@ def read_rows(path):
 
 
 def read_label(task, written, where):
-    """A label's position in the task's labels, or the value of a regression. ValueError that says
-    where it stands, if it is none."""
-    # a class
+    """A label's position in the task's labels, or the value of a regression. ValueError if none."""
     if task.labels is not None:
         if written not in task.labels:
             raise ValueError(f"{where}: label {written[:50]!r}, not one of "
                              f"{', '.join(task.labels)}")
         return list(task.labels).index(written)
-    # a number
     try:
         value = float(written)
     except ValueError:
@@ -218,8 +214,7 @@ def fetch_glue(task, name):
 
 
 def split_mrpc(corpus, dev_ids, name):
-    """The bytes of MRPC's train.tsv or dev.tsv: GLUE's dev set is the pairs of the corpus' training
-    file that `dev_ids` lists."""
+    """The bytes of MRPC's train.tsv or dev.tsv: `dev_ids` lists those pairs of the corpus."""
     dev = {tuple(line.split("\t")) for line in dev_ids.read_text().splitlines()}
     header, *rows = corpus.read_bytes().splitlines(keepends=True)
     chosen = [header]
@@ -237,8 +232,7 @@ CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 
 
 
 def clean(char):
-    """What a character becomes before words are split: nothing, a space, itself, or a word of its
-    own."""
+    """What a character becomes first: nothing, a space, itself, or a word of its own."""
     category = unicodedata.category(char)
     if char in "\t\n\r":
         return " "
@@ -322,10 +316,8 @@ class WordPiece:
 
 
 def load_tokenizer(folder):
-    """The WordPiece of a model's folder: vocab.txt, and whether tokenizer_config.json, if there,
-    says that texts are lower-cased. ValueError if it cannot be read."""
-    path = Path(folder) / "tokenizer_config.json"
-    lowercase = True
+    """The WordPiece of a model's folder. ValueError if a file of it is damaged."""
+    path, lowercase = Path(folder) / "tokenizer_config.json", True
     if path.exists():
         lowercase = read_json(path).get("do_lower_case", True)
     if type(lowercase) is not bool:
@@ -362,8 +354,8 @@ class Encoded:
 
     def sha256(self):
         """Of the token ids and labels."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()
-                              + self.labels.numpy().tobytes()).hexdigest()
+        content = self.tokens.numpy().tobytes() + self.labels.numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     def head(self, count):
         """The first `count` examples, or all if there are fewer."""
@@ -380,9 +372,9 @@ class Encoded:
         real = position < lengths  # (B, T)
         # where they lie; padding reads the example's last token, which then becomes [PAD]
         where = self.starts[index][:, None] + position.minimum(lengths - 1)  # (B, T)
+        second = real & (position >= self.first[index][:, None])  # (B, T)
         return {"input_ids": self.tokens[where].long() * real,  # [PAD] is id 0
-                "attention_mask": real.long(),
-                "token_type_ids": (real & (position >= self.first[index][:, None])).long(),
+                "attention_mask": real.long(), "token_type_ids": second.long(),
                 "labels": self.labels[index], "index": index}
 
 
@@ -441,8 +433,7 @@ def batches(data, batch_size, seed, epoch=0, start=0):
 def score(task, predictions, labels):
     """GLUE's scores of a task, as fractions: {"accuracy": ..., "f1": ...} and the like.
 
-    predictions, labels: (N,) class numbers, or values for a regression. A score that is not
-    defined (one class never predicted, no variance) is 0."""
+    predictions, labels: (N,) class numbers, or values. What is not defined (no variance) is 0."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     return {name: METRICS[name](predictions, labels) for name in TASKS[task].metrics}
 
@@ -459,7 +450,9 @@ def f1(predictions, labels):
 def pearson(predictions, labels):
     x, y = predictions - np.mean(predictions), labels - np.mean(labels)
     norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    return float(np.sum(x * y) / norm) if norm > 0 else 0.0
+    if norm == 0:
+        return 0.0
+    return float(np.sum(x * y) / norm)
 
 
 def ranks(values):
