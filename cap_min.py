@@ -1141,8 +1141,6 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
-    if args.method in ("magnitude", "structured"):
-        args.score_init = "none"
     # the run folder is named by what tells runs apart
     if args.out is None:
         parts = [args.task, f"{args.sparsity:g}"]
@@ -1251,6 +1249,8 @@ def tune_cpu():
 def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
+    if args.method in ("magnitude", "structured"):  # which have none
+        args.score_init = "none"
     # the input: all of it is looked at before anything is written
     record = finished_record(args)
     wait_for_all()  # else one could write before another has looked
