@@ -207,6 +207,8 @@ def grid(tmp_path, monkeypatch):
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(studies, "COMMAND", [sys.executable, str(tmp_path / "stand_in.py")])
     before = signal.getsignal(signal.SIGTERM)
+    # which is ignored where the tests run in the background
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def grid(lines, *options):
         (tmp_path / "list").write_text("\n".join(lines) + "\n")
@@ -215,6 +217,7 @@ def grid(tmp_path, monkeypatch):
 
     yield grid
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def line(name, does, seed=0, more=""):
