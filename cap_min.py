@@ -558,7 +558,9 @@ def train(run, model, data, ancestors=None, dev_sets=None):
         run.save(model, optimizer)
     replica = distribute(model)
     masked = any(isinstance(module, Mask) for module in model.modules())
-    kept = 1 - sparsity_report(model)["total"]  # where there are no masks it stays so
+    # where there are no masks, what is kept is what was not removed
+    sizes = [layer.weight.numel() for layer in encoder_linears(model).values()]
+    kept = sum(sizes) / sparsity_report(model)["weights"]
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
     model.train()

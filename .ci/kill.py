@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {"movement": ["--sparsity", "0.9"], "soft": ["--sparsity", "0.9"],
            "structured": ["--sparsity", "0.2"]}
-PLACES = (("log.jsonl", 3), ("teacher/model.safetensors", 1), ("checkpoint/fic-0.pt", 1),
-          ("log.jsonl", 12), ("checkpoint/snc-0.pt", 1), ("log.jsonl", 17), ("log.jsonl", 22),
-          ("model/vocab.txt", 1))  # a file, and how many lines it has by then
+STATE = "checkpoint/state.pt"
+PLACES = ((STATE, 20), ("teacher/model.safetensors", 1), ("checkpoint/fic-0.pt", 1), (STATE, 10),
+          ("checkpoint/snc-0.pt", 1), (STATE, 15), (STATE, 3), ("model/vocab.txt", 1))
 
 
 def command(method, out):
@@ -27,16 +27,16 @@ def command(method, out):
             "--checkpoint-minutes", "0", "--out", str(out)]
 
 
-def kill_at(path, lines, options, seconds):
-    """Start the run and kill it so many seconds after the file has so many lines; whether it was
-    still at work."""
+def kill_at(path, count, options, seconds):
+    """Start the run and kill it so many seconds after the file was written for the count-th time;
+    whether it was still at work."""
     process = subprocess.Popen(options, stdout=subprocess.DEVNULL)
-    before = path.stat().st_mtime_ns if path.exists() else 0
-    while process.poll() is None:
-        if path.exists() and path.stat().st_mtime_ns != before:
-            if path.suffix != ".jsonl" or path.read_bytes().count(b"\n") >= lines:
-                break
-        time.sleep(0.002)
+    written = path.stat().st_mtime_ns if path.exists() else 0
+    while count > 0 and process.poll() is None:
+        time.sleep(0.001)
+        now = path.stat().st_mtime_ns if path.exists() else written
+        if now != written:
+            written, count = now, count - 1
     time.sleep(seconds)
     process.kill()
     return process.wait() != 0
@@ -60,8 +60,8 @@ def main():
         whole, cut = folder / "whole", folder / "cut"
         subprocess.run(command(method, whole), check=True, stdout=subprocess.DEVNULL)
         kills = 0
-        for name, lines in PLACES:
-            kills += kill_at(cut / name, lines, command(method, cut), chance.uniform(0, 0.05))
+        for name, count in PLACES:
+            kills += kill_at(cut / name, count, command(method, cut), chance.uniform(0, 0.05))
         subprocess.run(command(method, cut), check=True, stdout=subprocess.DEVNULL)
         same = outcome(whole) == outcome(cut)
         status |= not same
