@@ -1222,8 +1222,9 @@ def load_fine_tuned(folder, task, config):
     if found and found[0].startswith("label_"):
         found = words
     if model.config.num_labels != max(1, len(words)) or found not in (words, []):
-        raise ValueError(f"{folder}: its labels are {found or model.config.num_labels}, those of "
-                         f"{task} are {words or 'one number'}")
+        found = list(labels.values()) or model.config.num_labels
+        raise ValueError(f"{folder}: its labels are {found}, those of {task} are "
+                         f"{words or 'one number'}")
     # its sizes
     for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
         if getattr(model.config, name) != getattr(config, name):
