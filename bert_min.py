@@ -147,6 +147,7 @@ class SelfAttention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, key_mask, queries):
+        # of each head
         q = self.query(queries).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, Q, D/H)
         k = self.key(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
         v = self.value(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
@@ -427,6 +428,7 @@ def from_pretrained(path_or_name, num_labels=2):
     # the model itself
     model = BertClassifier(config)
     model.load_state_dict(fitting, strict=False)
+    # which must be made of numbers
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: damaged, {name} is not finite")
