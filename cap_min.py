@@ -876,6 +876,7 @@ class Run:
         self.seconds[self.phase] += now - self.last_tick
         self.phase, self.last_tick = phase, now
 
+
 def run_config(args):
     """The flags that decide what comes out, as JSON; paths are relative to this file."""
     config = {}
@@ -1252,7 +1253,7 @@ def tune_cpu():
 def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
-    if args.method in ("magnitude", "structured"):  # which have none
+    if args.method in ("magnitude", "structured"):  # which have no scores
         args.score_init = "none"
     # the input: all of it is looked at before anything is written
     record = finished_record(args)

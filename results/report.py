@@ -16,11 +16,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "results")]
 
 from bert_min import read_json  # noqa: E402
 from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
+from studies import spread  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "bench" / "README.md"]
 
@@ -51,14 +52,6 @@ def setting(record):
 def percents(records, metric):
     """The score of each pruned model, in percent."""
     return [100 * record["pruned"][metric] for record in records]
-
-
-def spread(values):
-    """Mean, with the standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def show(scores):
