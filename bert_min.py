@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
             # written out: here the fused kernel takes up to 10 times as long, backward included
             scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, Q, T)
             if key_mask is not None:
-                scores = scores + torch.where(key_mask, 0.0, -torch.inf)
+                scores = scores + key_mask
             x = self.dropout(scores.softmax(-1).to(v.dtype)) @ v  # (B, H, Q, D/H)
         else:
             rate = self.dropout.rate if self.training else 0.0
@@ -218,7 +218,9 @@ class Bert(nn.Module):
             token_type_ids = torch.zeros_like(input_ids)
         key_mask = None
         if attention_mask is not None:
-            key_mask = attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
+            # what is added to similarities: 0 where a key is a token
+            padding = attention_mask[:, None, None] == 0  # (B, 1, 1, T)
+            key_mask = torch.where(padding, -torch.inf, 0.0)
         # all layers but the last
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
         *layers, last = self.encoder["layer"]
@@ -301,8 +303,8 @@ class SparseLayer(nn.Module):
         q = q[..., :length].transpose(-1, -2) / math.sqrt(q.size(2))  # (B, H, Q, D/H)
         # padded keys get no weight
         scores = q @ k  # (B, H, Q, T)
-        if key_mask is not None and not key_mask.all():
-            scores += torch.where(key_mask, 0.0, -torch.inf)
+        if key_mask is not None and key_mask.any():
+            scores += key_mask
         context = v @ scores.softmax(-1).transpose(-1, -2)  # (B, H, D/H, Q)
         context = context.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (D, B Q)
         x = norm_columns(feature_major(queries) + self.project(context), self.norms[0])

@@ -56,7 +56,7 @@ from torch.nn.utils import parametrize
 from bert_min import (BertClassifier, from_pretrained, model_folder, read_json, replacing,
                       save_pretrained, write_json)
 from data_glue import (TASKS, batches, batches_by_length, encode_task, inputs, load, load_tokenizer,
-                       move, save_tokenizer, score)
+                       save_tokenizer, score, sent)
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,24 +66,25 @@ HERE = Path(__file__).resolve().parent
 def topk_mask(scores, density):
     """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
     least 1. Exactly k are kept: of equal scores the first by index. Eq. (1)."""
-    rows = scores.detach().reshape(1, -1)
-    return mask_rows(rows, density).view(scores.shape)
+    return topk_masks([scores.detach()], density)[0]
 
 
-def mask_rows(rows, density):
-    """`topk_mask` of each row of `rows` (n, numel), of which each is a flattened matrix."""
-    size = rows.size(1)
-    k = max(1, round(density * size))  # eq. (1)
-    if k >= size:
-        return torch.ones_like(rows, dtype=torch.bool)
-    if rows.device.type != "cpu":
-        return largest_of_rows(rows, k)
-    return torch.stack([torch.from_numpy(largest(row, k)) for row in rows.numpy()])
+def topk_masks(matrices, density):
+    """`topk_mask` of each of these matrices, which have one shape."""
+    first = matrices[0]
+    k = max(1, round(density * first.numel()))  # eq. (1)
+    if k >= first.numel():
+        return [torch.ones_like(first, dtype=torch.bool) for _ in matrices]
+    if first.device.type == "cpu":
+        masks = [torch.from_numpy(largest(matrix.flatten().numpy(), k)) for matrix in matrices]
+    else:
+        masks = largest_of_rows(torch.stack(matrices).flatten(1), k)
+    return [mask.view(first.shape) for mask in masks]
 
 
 def largest_of_rows(rows, k):
     """Bool mask of the k largest numbers of each row, of equal ones the first, without waiting for
-    the GPU; on a CPU this takes ten times as long as `largest`."""
+    a GPU. There one search of many rows takes less time than many, on a CPU ten times as long."""
     threshold = rows.topk(k, sorted=False).values.amin(1, keepdim=True)  # (n, 1)
     # of what is equal to it, the first by index
     above, ties = rows > threshold, rows == threshold
@@ -193,19 +194,13 @@ def masks_and_scores(model):
 def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
-    pairs = masks_and_scores(model)
-    if pairs[0][1].device.type == "cpu":
-        for module, scores in pairs:
-            module.mask = topk_mask(scores, density)
-        return
-    # all matrices of a shape at once: on a GPU 2 large searches take less than 72 small ones
     by_shape = {}
-    for module, scores in pairs:
+    for module, scores in masks_and_scores(model):
         by_shape.setdefault(scores.shape, []).append((module, scores))
-    for shape, group in by_shape.items():
-        rows = torch.stack([scores.flatten() for _, scores in group])
-        for (module, _), row in zip(group, mask_rows(rows, density)):
-            module.mask = row.view(shape)
+    for group in by_shape.values():
+        modules, matrices = zip(*group)
+        for module, mask in zip(modules, topk_masks(matrices, density)):
+            module.mask = mask
 
 
 SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
@@ -214,20 +209,16 @@ SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 def set_soft_masks(model, density, sparsity, exact):
     """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
     rises from 0 to SOFT_THRESHOLD; but at most, or if `exact` exactly, the fraction `density`.
-    Returns the fraction that is kept. NOTE deviation: so the density never exceeds eq. (3)."""
-    # over the threshold
+    NOTE deviation: so the density never exceeds eq. (3)."""
     pairs = masks_and_scores(model)
     scores = torch.cat([scores.flatten() for _, scores in pairs])
-    mask = scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
-    kept = int(mask.count_nonzero()) / len(mask)
-    # never more than the schedule allows
-    if exact or kept > density:
-        mask, kept = topk_mask(scores, density), density
+    mask = topk_mask(scores, density)
+    if not exact:
+        mask &= scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
     # to each matrix its part
     parts = mask.split([scores.numel() for _, scores in pairs])
     for (module, scores), part in zip(pairs, parts):
         module.mask = part.view(scores.shape)
-    return kept
 
 
 def pruned_fraction(density, sparsity):
@@ -277,17 +268,31 @@ def warmup_steps(args, total):
 # ------------------------------------------------------------------- sparsity report
 
 
+def original_size(name, config):
+    """Weights that a matrix of the encoder had before any was removed."""
+    if ".attention." in name:
+        return config.hidden_size ** 2
+    return config.hidden_size * config.intermediate_size
+
+
+def kept_fraction(model):
+    """Fraction of the encoder's weights that are neither masked nor removed."""
+    total = kept = 0
+    for name, layer in encoder_linears(model).items():
+        total += original_size(name, model.config)
+        if parametrize.is_parametrized(layer):
+            kept += layer.parametrizations.weight[0].mask.sum()
+        else:
+            kept += layer.weight.numel()
+    return float(kept / total)
+
+
 def sparsity_report(model):
     """{"total": fraction of encoder weights that are exactly 0 or removed, "weights": how many
     there were, "kept": how many are neither, "matrices": {name: fraction}}."""
-    config, matrices = model.config, {}
-    weights = kept = 0
+    matrices, weights, kept = {}, 0, 0
     for name, layer in encoder_linears(model).items():
-        # its size before anything was removed
-        size = config.hidden_size * config.intermediate_size
-        if ".attention." in name:
-            size = config.hidden_size ** 2
-        nonzero = int(layer.weight.count_nonzero())
+        size, nonzero = original_size(name, model.config), int(layer.weight.count_nonzero())
         matrices[name + ".weight"] = 1 - nonzero / size
         weights += size
         kept += nonzero
@@ -312,9 +317,8 @@ def encode(model, data, dtype="fp32", tokens=None):
     pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
     with torch.no_grad(), autocast(device, dtype), parametrize.cached():  # each W' is made once
-        for i, batch in enumerate(batches_by_length(data, tokens)):
+        for i, batch in enumerate(batches_by_length(data.to(device), tokens)):
             if i % processes() == rank():
-                batch = move(batch, device)
                 pooled[batch["index"]] = model(*inputs(batch))[1].float()
     model.train(was_training)
     return summed(pooled)
@@ -435,7 +439,7 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
 def draw_extra(chance, size, args, device):
     """E: rows of a training set of `size`, drawn without replacement; all, if it has no more."""
     rows = chance.choice(size, min(args.extra, size), replace=False)
-    return torch.from_numpy(rows).to(device)
+    return sent(torch.from_numpy(rows), device)
 
 
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
@@ -558,9 +562,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
         run.save(model, optimizer)
     replica = distribute(model)
     masked = any(isinstance(module, Mask) for module in model.modules())
-    # where there are no masks, what is kept is what was not removed
-    sizes = [layer.weight.numel() for layer in encoder_linears(model).values()]
-    kept = sum(sizes) / sparsity_report(model)["weights"]
+    data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
     model.train()
@@ -570,16 +572,15 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             chance = randomness(args.seed, run.epoch, run.batch)
             # density and masks of this step, eq. (1) and (3), and its learning rates
             if masked:
-                kept = density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+                density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
                 if args.method == "soft":
-                    kept = set_soft_masks(model, density, args.sparsity, step >= total - cool)
+                    set_soft_masks(model, density, args.sparsity, exact=step >= total - cool)
                 else:
                     set_masks(model, density)
             factor = linear_lr(step, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             # terms of the loss, eq. (8)
-            batch = move(batch, device)
             logits, pooled, own_pooled = forward(replica, batch, args.dtype)
             if ancestors is None:
                 terms = {"ce": task_loss(logits, batch["labels"])}
@@ -606,8 +607,8 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             if to_log:
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
-                entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
-                         "lr": args.lr * factor, "loss": sum(values.values()), **values,
+                entry = {"step": first * steps + step, "epoch": run.epoch,
+                         "kept": kept_fraction(model), "lr": args.lr * factor, "loss": sum(values.values()), **values,
                          "gradient_share": shares, "ms": round(1000 * seconds, 1),
                          "examples_per_second": round(args.batch_size / seconds, 1)}
                 run.log(**entry)
@@ -618,18 +619,18 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1, kept)
+            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1)
     run.save(model, optimizer)
 
 
-def after_epoch(run, model, data, ancestors, dev_sets, step, kept):
+def after_epoch(run, model, data, ancestors, dev_sets, step):
     """After an epoch of pruning: a snapshot, but none after the last epoch, and a dev score."""
     args, epochs = run.args, pruning_epochs(run.args)
     if "snc" in ancestors.banks and run.epoch % snapshot_every(args) == 0 and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
     scores = evaluate(model, args.task, dev_sets, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
-    run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
+    run.log(step=step, epoch=run.epoch - 1, kept=kept_fraction(model), dev=scores)
 
 
 def check_finite(named, step):
@@ -695,9 +696,8 @@ def importance(run, model, data, ancestors):
     width = model.config.hidden_size // model.config.num_attention_heads
     # the loss of every batch, as in a step
     model.eval()
-    for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
+    for i, batch in enumerate(batches(data.to(device), args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
-        batch = move(batch, device)
         logits, pooled, _ = forward(model, batch, args.dtype)
         extra = draw_extra(chance, len(data), args, device)
         terms = cap_terms(logits, pooled, batch, ancestors, extra, args)

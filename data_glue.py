@@ -341,16 +341,18 @@ class Encoded:
     """A split as token ids, end to end without padding."""
 
     tokens: torch.Tensor  # (sum of lengths,) int32
-    starts: torch.Tensor  # (N + 1,) int64: example i is tokens[starts[i]:starts[i + 1]]
+    starts: torch.Tensor  # (N,) int64: example i is tokens[starts[i]:starts[i] + lengths[i]]
+    lengths: torch.Tensor  # (N,) int64, on the CPU
     first: torch.Tensor  # (N,) int64: tokens of example i up to its first [SEP], which counts
     labels: torch.Tensor  # (N,) int64, or float32 for regression
 
     def __len__(self):
         return len(self.labels)
 
-    @property
-    def lengths(self):
-        return self.starts.diff()  # (N,)
+    def to(self, device):
+        """The same on another device, where its batches are then cut."""
+        return Encoded(self.tokens.to(device), self.starts.to(device), self.lengths,
+                       self.first.to(device), self.labels.to(device))
 
     def sha256(self):
         """Of the token ids and labels."""
@@ -360,15 +362,17 @@ class Encoded:
     def head(self, count):
         """The first `count` examples, or all if there are fewer."""
         count = min(count, len(self))
-        return Encoded(self.tokens, self.starts[:count + 1], self.first[:count],
+        return Encoded(self.tokens, self.starts[:count], self.lengths[:count], self.first[:count],
                        self.labels[:count])
 
     def batch(self, index):
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
-        token_type_ids (B, T), labels (B,) and index (B,)."""
+        token_type_ids (B, T), labels (B,) and index (B,). index is on the CPU, the rest where the
+        tokens are."""
         # which positions are tokens
-        lengths = (self.starts[index + 1] - self.starts[index])[:, None]  # (B, 1)
-        position = torch.arange(int(lengths.max()))[None]  # (1, T)
+        device, lengths = self.tokens.device, self.lengths[index]
+        position = torch.arange(int(lengths.max()), device=device)[None]  # (1, T)
+        index, lengths = sent(index, device), sent(lengths, device)[:, None]
         real = position < lengths  # (B, T)
         # where they lie; padding reads the example's last token, which then becomes [PAD]
         where = self.starts[index][:, None] + position.minimum(lengths - 1)  # (B, T)
@@ -380,15 +384,16 @@ class Encoded:
 
 def encode_task(examples, tokenizer, max_length=128):
     """list[Example] -> Encoded, with at most `max_length` tokens an example."""
-    tokens, starts, first = array.array("i"), [0], []
+    tokens, lengths, first = array.array("i"), [], []
     for text_a, text_b, _ in examples:
         input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
         tokens.extend(input_ids)
-        starts.append(len(tokens))
+        lengths.append(len(input_ids))
         first.append(token_type_ids.count(0))
-    labels = [example.label for example in examples]
-    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), torch.tensor(starts),
-                   torch.tensor(first), torch.tensor(labels))
+    lengths = torch.tensor(lengths)
+    labels = torch.tensor([example.label for example in examples])
+    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), lengths.cumsum(0) - lengths,
+                   lengths, torch.tensor(first), labels)
 
 
 def inputs(batch):
@@ -396,9 +401,9 @@ def inputs(batch):
     return batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]
 
 
-def move(batch, device):
-    on_gpu = device.type == "cuda"  # which then need not wait for what it was given before
-    return {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
+def sent(tensor, device):
+    """A small tensor on `device`; nothing waits until a GPU has it."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def batches_by_length(data, tokens):

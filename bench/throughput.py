@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, from_pretrained, save_pretrained  # noqa: E402
 from data_glue import TASKS, Encoded, WordPiece, batches, encode_task, load  # noqa: E402
-from data_glue import load_tokenizer, move  # noqa: E402
+from data_glue import load_tokenizer  # noqa: E402
 
 # ------------------------------------------------------------------ model, data, run
 
@@ -71,7 +71,8 @@ def make_data(options):
         return encode_task(rows, load_tokenizer(options.model))
     count = options.rows
     tokens = torch.randint(1000, 30000, (count * 128,), generator=torch.Generator().manual_seed(0))
-    return Encoded(tokens.int(), torch.arange(count + 1) * 128, torch.full((count,), 128),
+    lengths = torch.full((count,), 128)
+    return Encoded(tokens.int(), torch.arange(count) * 128, lengths, lengths,
                    torch.arange(count) % len(TASKS[options.task].words))
 
 
@@ -152,8 +153,7 @@ def transformers_side(options, folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
 
     def epoch(rows):
-        for batch in batches(rows, args.batch_size, 0):
-            batch = move(batch, device)
+        for batch in batches(rows.to(device), args.batch_size, 0):
             del batch["index"]
             with cap_min.autocast(device, args.dtype):
                 loss = model(**batch).loss
@@ -242,8 +242,7 @@ def contrastive_ms(args, data, ancestors, device):
     """Forward and backward of the contrastive terms, as in a step of the last epoch."""
     chance, times = np.random.default_rng(0), []
     width = ancestors.banks["prc"][0].size(1)
-    for batch in itertools.islice(batches(data, args.batch_size, 0), 30):
-        batch = move(batch, device)
+    for batch in itertools.islice(batches(data.to(device), args.batch_size, 0), 30):
         pooled = torch.randn(len(batch["index"]), width, device=device, requires_grad=True)
         logits = ancestors.logits[batch["index"]]
         extra = cap_min.draw_extra(chance, len(data), args, device)

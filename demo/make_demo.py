@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, save_safetensors  # noqa: E402
-from data_glue import TASKS, Example, WordPiece, batches, encode_task, inputs, move  # noqa: E402
+from data_glue import TASKS, Example, WordPiece, batches, encode_task, inputs  # noqa: E402
 from data_glue import save_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------- world
@@ -226,7 +226,8 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
             ids, hidden = hide(batch["input_ids"], mask_id, size, share)
             hidden &= (batch["labels"] == 0)[:, None]  # only what fits together teaches facts
             wanted = batch["input_ids"][hidden].to(device)
-            batch, hidden = move({**batch, "input_ids": ids}, device), hidden.to(device)
+            batch = {name: tensor.to(device) for name, tensor in (batch | {"input_ids": ids}).items()}
+            hidden = hidden.to(device)
             with cap_min.autocast(device, dtype):
                 tokens, pooled = model.bert(*inputs(batch))
                 words, follows = guess(tokens[hidden]), model.classifier(pooled)
