@@ -6,6 +6,8 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           what the encoders of a finished run know of another task: RUN/probe_rte.json
       python results/studies.py grid LIST --jobs 2 --minutes 170 --out FOLDER
           any runs, several at once: FOLDER/grid.md
+      python results/studies.py hold-out --task sst2 --data-dir GLUE --rows 8000 --out FOLDER
+          a data folder whose dev set is drawn from the training set, to choose settings on
 The same command after a stop goes on; what is finished is not done again.
 
 LIST has the options of one run a line; # begins a comment. A name and a colon may stand before
@@ -23,6 +25,7 @@ import hashlib
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import signal
@@ -192,6 +195,27 @@ def fit_classifier(model, data):
     optimizer.step(loss)
 
 
+# -------------------------------------------------------------------------- hold-out
+
+
+def hold_out(task, data_dir, count, out):
+    """Write to `out` a task's folder whose dev sets are `count` rows of its training set, drawn by
+    a fixed seed, and whose training set has the others. ValueError if it has no more."""
+    task = TASKS[task]
+    rows = (data_dir / task.folder / task.files["train"]).read_bytes().rstrip().split(b"\n")
+    header = []
+    if isinstance(task.label, str):
+        header.append(rows.pop(0))
+    if count >= len(rows):
+        raise ValueError(f"its training set has {len(rows)} rows, no more than {count}")
+    chosen = set(random.Random(1).sample(range(len(rows)), count))
+    (out / task.folder).mkdir(parents=True, exist_ok=True)
+    for split, name in task.files.items():
+        of_split = [row for i, row in enumerate(rows) if (i in chosen) == (split != "train")]
+        with replacing(out / task.folder / name) as file:
+            file.write(b"\n".join([*header, *of_split, b""]))
+
+
 # ------------------------------------------------------------------------------ grid
 
 COMMAND = [sys.executable, str(ROOT / "cap_min.py")]
@@ -344,6 +368,11 @@ def main(argv=None):
     add("--jobs", type=cap_min.number(int, 1), default=1, help="runs at once")
     add("--minutes", type=cap_min.number(float, 0), default=math.inf, help="after which it ends")
     add("--out", type=Path, required=True, help="folder")
+    add = studies.add_parser("hold-out", help="a dev set from the training set").add_argument
+    add("--task", choices=TASKS, required=True)
+    add("--data-dir", type=Path, required=True, help="folder with the task's folder")
+    add("--rows", type=cap_min.number(int, 1), default=8000, help="of the new dev set")
+    add("--out", type=Path, required=True, help="folder for the task's folder")
     args, rest = parser.parse_known_args(argv)
     if rest and args.study != "compare":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -360,6 +389,8 @@ def main(argv=None):
             run = args.run
             del args.run, args.study  # what is left is the probe's configuration
             probe(run, args)
+        elif args.study == "hold-out":
+            hold_out(args.task, args.data_dir, args.rows, args.out)
         else:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops its runs too
             if not grid(args.list, args.out, args.jobs, args.minutes):
