@@ -86,10 +86,8 @@ class BertConfig:
         count = raw.pop("num_labels")  # transformers counts id2label instead
         # what transformers wants beside the fields
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
-        raw["id2label"] = labels
-        raw["label2id"] = {word: i for i, word in labels.items()}
-        raw["architectures"] = ["BertForSequenceClassification"]
-        raw["model_type"] = "bert"
+        raw.update(id2label=labels, label2id={word: i for i, word in labels.items()},
+                   architectures=["BertForSequenceClassification"], model_type="bert")
         write_json(raw, path)
 
 

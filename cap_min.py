@@ -96,18 +96,12 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample gives a number that about k exceed; how many too few they are is counted
+    # a sorted sample gives two numbers, between which is the k-th largest
     sample = np.sort(row[::127])
-    middle = int(len(sample) * (1 - k / len(row)))
-    low = high = sample[middle]
-    missing = k - np.count_nonzero(row > low)
-    # so far from it, in places of the sample, is the k-th largest
-    distance = abs(missing) / 127
-    reach = int(distance + 2 + 3 * math.sqrt(distance))
-    if missing > 0:
-        low = sample[max(0, middle - reach)]
-    else:
-        high = sample[min(len(sample) - 1, middle + reach)]
+    fraction = k / len(row)
+    middle = int(len(sample) * (1 - fraction))
+    reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
+    low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
     # what is larger is kept, and only what lies between has to be searched
     mask = row > high
     missing = k - np.count_nonzero(mask)
@@ -228,13 +222,6 @@ def pruned_fraction(density, sparsity):
     return (1 - density) / max(sparsity, 1e-9)
 
 
-def mean_sigmoid(model):
-    """What CAP-soft penalises: mean over matrices of the mean of sigmoid(S). Eq. (8)."""
-    means = [module.scores.sigmoid().mean() for module in model.modules()
-             if isinstance(module, Mask)]
-    return torch.stack(means).mean()
-
-
 def apply_masks(model):
     """Make every masked layer a plain one whose pruned weights are exactly 0."""
     for layer in encoder_linears(model).values():
@@ -270,31 +257,17 @@ def warmup_steps(args, total):
 # ------------------------------------------------------------------- sparsity report
 
 
-def original_size(name, config):
-    """Weights that a matrix of the encoder had before any was removed."""
-    if ".attention." in name:
-        return config.hidden_size ** 2
-    return config.hidden_size * config.intermediate_size
-
-
-def kept_fraction(model):
-    """Fraction of the encoder's weights that are neither masked nor removed."""
-    total = kept = 0
-    for name, layer in encoder_linears(model).items():
-        total += original_size(name, model.config)
-        if parametrize.is_parametrized(layer):
-            kept += layer.parametrizations.weight[0].mask.sum()
-        else:
-            kept += layer.weight.numel()
-    return int(kept) / total
-
-
 def sparsity_report(model):
     """{"total": fraction of encoder weights that are exactly 0 or removed, "weights": how many
     there were, "kept": how many are neither, "matrices": {name: fraction}}."""
-    matrices, weights, kept = {}, 0, 0
+    config, matrices = model.config, {}
+    weights = kept = 0
     for name, layer in encoder_linears(model).items():
-        size, nonzero = original_size(name, model.config), int(layer.weight.count_nonzero())
+        # its size before anything was removed
+        size = config.hidden_size * config.intermediate_size
+        if ".attention." in name:
+            size = config.hidden_size ** 2
+        nonzero = int(layer.weight.count_nonzero())
         matrices[name + ".weight"] = 1 - nonzero / size
         weights += size
         kept += nonzero
@@ -309,13 +282,12 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def encode(model, data, dtype="fp32", tokens=None):
+def encode(model, data, dtype="fp32", tokens=2 ** 13):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
     gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
     Of several processes each encodes every n-th batch; all have all vectors."""
     device, was_training = model.classifier.weight.device, model.training
-    if tokens is None:
-        tokens = 2 ** 11 if device.type == "cpu" else 2 ** 16
+    # a row for each example, in the order of the data
     pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
     with torch.no_grad(), autocast(device, dtype), parametrize.cached():  # each W' is made once
@@ -449,11 +421,13 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 
     extra: drawn rows, of which a bank of K ancestors uses the first args.extra // K, so that all
     banks give about as many candidates."""
+    # what the labels and the teacher say
     index, labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
     if "kd" not in args.without:
         terms["kd"] = args.w_kd * distillation_loss(logits, ancestors.logits[index],
                                                     args.kd_temperature)
+    # what each kind of ancestor says
     for name, bank in ancestors.banks.items():
         if not bank:  # SnC, before the first snapshot
             continue
@@ -465,9 +439,11 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 
 def soft_penalty(model, density, args):
     """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
-    sigmoid of the scores."""
+    over matrices of the mean of sigmoid(S)."""
+    means = [module.scores.sigmoid().mean() for module in model.modules()
+             if isinstance(module, Mask)]
     penalty = args.penalty * pruned_fraction(density, args.sparsity)
-    return penalty * mean_sigmoid(model)  # eq. (8), CAP-soft
+    return penalty * torch.stack(means).mean()  # eq. (8), CAP-soft
 
 
 def gradient_shares(terms, pooled):
@@ -511,11 +487,6 @@ def epochs_of_stage(args, stage):
     if stage == TEACHER:
         return 0, teacher_epochs(args)
     return stage * args.epochs, (stage + 1) * args.epochs
-
-
-def snapshot_every(args):
-    """Epochs from one snapshot to the next: CAP-f has one after each stage."""
-    return args.epochs if args.method == "structured" else 1
 
 
 def make_optimizer(model, args):
@@ -611,8 +582,9 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
                 entry = {"step": first * steps + step, "epoch": run.epoch,
-                         "kept": kept_fraction(model), "lr": args.lr * factor, "loss": sum(values.values()), **values,
-                         "gradient_share": shares, "ms": round(1000 * seconds, 1),
+                         "kept": 1 - sparsity_report(model)["total"], "lr": args.lr * factor,
+                         "loss": sum(values.values()), **values, "gradient_share": shares,
+                         "ms": round(1000 * seconds, 1),
                          "examples_per_second": round(args.batch_size / seconds, 1)}
                 run.log(**entry)
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
@@ -627,13 +599,16 @@ def train(run, model, data, ancestors=None, dev_sets=None):
 
 
 def after_epoch(run, model, data, ancestors, dev_sets, step):
-    """After an epoch of pruning: a snapshot, but none after the last epoch, and a dev score."""
+    """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
+    last epoch; and a dev score."""
     args, epochs = run.args, pruning_epochs(run.args)
-    if "snc" in ancestors.banks and run.epoch % snapshot_every(args) == 0 and run.epoch < epochs:
+    ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
+    if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
     scores = evaluate(model, args.task, dev_sets, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
-    run.log(step=step, epoch=run.epoch - 1, kept=kept_fraction(model), dev=scores)
+    kept = 1 - sparsity_report(model)["total"]
+    run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
 
 
 def check_finite(named, step):
@@ -905,6 +880,7 @@ def finished_record(args):
     # the configuration it was begun with
     before, differing = read_json(path), []
     for name, value in run_config(args).items():
+        # what was left open then has been settled since
         if value == "auto":
             setattr(args, name, before.get(name))
         elif value != before.get(name):
@@ -955,30 +931,25 @@ def make_record(run, model, data, dev_sets):
 
 
 def draw_curve(folder, dense):
-    """curve.svg of the pruning phase: density, and dev score after each epoch."""
-    # three curves
+    """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
     metric, level = next(iter(dense.items()))
-    densities, scores = [], []
+    kept, scores = [], []
     for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        if entry["phase"] == "prune":
-            last = max(1, entry["step"])
-            densities.append((last, entry["kept"]))
-            if "dev" in entry:
-                scores.append((last, entry["dev"][metric]))
-    # axes and names
+        if entry["phase"] == "prune" and "dev" in entry:
+            scores.append((entry["step"], entry["dev"][metric]))
+        elif entry["phase"] == "prune":
+            kept.append((entry["step"], entry["kept"]))
+    last = scores[-1][0]
+    curves = {"gray": kept, "blue": scores, "red": [(0, level), (last, level)]}
+    # a line for each, and what it means
     lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
-             '<rect width="600" height="300" fill="white"/>',
-             '<path d="M60,40 V260 H560" fill="none" stroke="gray"/>',
-             '<text x="40" y="264">0</text><text x="40" y="44">1</text>',
-             f'<text x="480" y="280">step {last}</text>',
-             '<text x="60" y="24" fill="gray">kept</text>',
-             f'<text x="230" y="24" fill="blue">dev {metric}</text>',
-             f'<text x="400" y="24" fill="red">dense {level:.3f}</text>']
-    # the curves themselves
-    curves = {"gray": densities, "blue": scores, "red": [(0, level), (last, level)]}
+             '<rect width="600" height="300" fill="white"/><path d="M60,40 V260 H560" fill="none" '
+             'stroke="gray"/><text x="40" y="264">0</text><text x="40" y="44">1</text>',
+             f'<text x="60" y="24">kept: gray, dev {metric}: blue, dense {level:.3f}: red, '
+             f'{last + 1} steps</text>']
     for color, curve in curves.items():
-        points = " ".join(f"{60 + 500 * step / last:.1f},{260 - 220 * max(0, y):.1f}"
+        points = " ".join(f"{60 + 500 * step / (last + 1):.1f},{260 - 220 * max(0, y):.1f}"
                           for step, y in curve)  # Pearson's can be below 0
         lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
     (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
@@ -1081,53 +1052,55 @@ def number(kind, low, below=2 ** 31):
     return number
 
 
-def add_flags(parser):
-    """All flags, in groups; their defaults are the published recipe for BERT-base."""
-    whole_number, fraction = number(int, 1), number(float, 0, 1)
-    positive, not_negative = number(float, 1e-12), number(float, 0)
-    add = parser.add_argument_group("what").add_argument
-    add("--task", default="demo", choices=TASKS, help="GLUE task, snli, or the small world of "
-        "demo/, which has a model and defaults of its own")
-    add("--sparsity", type=fraction, default=0.97, help="fraction of encoder weights to prune")
-    add("--method", choices=("movement", "soft", "magnitude", "structured"), default="movement",
-        help="what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
-        "threshold (CAP-soft), or |W|; structured: the importance of heads and "
-        "neurons, removed in stages of 10 %% (CAP-f), with defaults of its own")
-    add("--model", default="bert-base-uncased", help="pre-trained model, or its folder")
-    add("--teacher", help="folder of a fine-tuned model; None: is fine-tuned first")
-    add("--data-dir", help="folder with the task's folder; None: downloaded (the demo has its own)")
-    add("--out", type=Path, help="run folder; None: "
-        "runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED")
-    add("--seed", type=number(int, 0), default=0, help="of everything random")
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole_number, default=10,
-        help="of pruning, structured: of each stage; the teacher has at most 3")
-    add("--batch-size", type=whole_number, default=32, help="examples a step")
-    add("--lr", type=positive, default=3e-5, help="peak learning rate of weights")
-    add("--mask-lr", type=positive, default=1e-2, help="peak learning rate of scores")
-    add("--max-length", type=whole_number, default=128, help="tokens an example, at most")
-    add("--max-train", type=whole_number, help="training rows, drawn by a fixed seed; None: all")
-    add("--warmup", type=fraction, default=0.09,
-        help="of the learning rate, as a fraction of the run; dense for 2x, final sparsity for 3x")
-    add("--score-init", choices=("auto", "zero", "magnitude"), default="auto",
-        help="auto: zero, as published, from 30,000 steps on, magnitude below")
-    add = parser.add_argument_group("loss, eq. (4) to (8)").add_argument
-    add("--temperature", type=positive, default=0.1, help="tau of eq. (5)")
-    add("--w-unsup", type=not_negative, default=0.1, help="weight of the unsupervised terms")
-    add("--w-sup", type=not_negative, default=10.0, help="weight of the supervised terms")
-    add("--w-ce", type=not_negative, default=0.1, help="weight of the cross-entropy")
-    add("--w-kd", type=not_negative, default=0.9, help="weight of the distillation")
-    add("--kd-temperature", type=positive, default=2.0, help="T of the distillation, eq. (8)")
-    add("--extra", type=whole_number, default=4096, help="candidates beside the batch")
-    add("--norm", choices=("official", "supcon"), default="official", help="eq. (7)")
-    add("--penalty", type=not_negative, default=680.0, help="lambda_f of eq. (8), of CAP-soft")
-    add("--without", nargs="+", choices=("prc", "snc", "fic", "kd"), default=[],
-        help="terms to leave out")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of the matrix products")
-    add("--checkpoint-minutes", type=not_negative, default=10.0,
-        help="between two saves of the state from which the same command goes on after a stop")
+whole_number, fraction = number(int, 1), number(float, 0, 1)
+positive, not_negative = number(float, 1e-12), number(float, 0)
+
+# {group: [(flag, default, type or choices, help), ...]}, the published recipe for BERT-base
+FLAGS = {
+    "what": [
+        ("--task", "demo", TASKS, "GLUE task, snli, or demo/'s small world with its own model"),
+        ("--sparsity", 0.97, fraction, "fraction of encoder weights to prune"),
+        ("--method", "movement", ("movement", "soft", "magnitude", "structured"),
+         "what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
+         "threshold (CAP-soft), or |W|; structured: the importance of heads and neurons, removed "
+         "in stages of 10 %% (CAP-f), with defaults of its own"),
+        ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
+        ("--teacher", None, str, "folder of a fine-tuned model; None: is fine-tuned first"),
+        ("--data-dir", None, str, "folder with the task's folder; None: downloaded"),
+        ("--out", None, Path, "None: runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED"),
+        ("--seed", 0, number(int, 0), "of everything random"),
+    ],
+    "training": [
+        ("--epochs", 10, whole_number, "of pruning, or of each stage; the teacher: at most 3"),
+        ("--batch-size", 32, whole_number, "examples a step"),
+        ("--lr", 3e-5, positive, "peak learning rate of weights"),
+        ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),
+        ("--max-length", 128, whole_number, "tokens an example, at most"),
+        ("--max-train", None, whole_number, "training rows, drawn by a fixed seed; None: all"),
+        ("--warmup", 0.09, fraction,
+         "of the run, of the learning rate; dense for 2x, final sparsity for 3x as long"),
+        ("--score-init", "auto", ("auto", "zero", "magnitude"),
+         "auto: zero, as published, from 30,000 steps on, magnitude below"),
+    ],
+    "loss, eq. (4) to (8)": [
+        ("--temperature", 0.1, positive, "tau of eq. (5)"),
+        ("--w-unsup", 0.1, not_negative, "weight of the unsupervised terms"),
+        ("--w-sup", 10.0, not_negative, "weight of the supervised terms"),
+        ("--w-ce", 0.1, not_negative, "weight of the cross-entropy"),
+        ("--w-kd", 0.9, not_negative, "weight of the distillation"),
+        ("--kd-temperature", 2.0, positive, "T of the distillation, eq. (8)"),
+        ("--extra", 4096, whole_number, "candidates beside the batch"),
+        ("--norm", "official", ("official", "supcon"), "eq. (7)"),
+        ("--penalty", 680.0, not_negative, "lambda_f of eq. (8), of CAP-soft"),
+        ("--without", [], ("prc", "snc", "fic", "kd"), "terms to leave out"),
+    ],
+    "machine": [
+        ("--device", "auto", str, "auto, cuda, cuda:1, mps or cpu"),
+        ("--dtype", "auto", ("auto", "fp32", "bf16"), "of the matrix products"),
+        ("--checkpoint-minutes", 10.0, not_negative,
+         "between two saves of the state from which the same command goes on after a stop"),
+    ],
+}
 
 
 def parse(argv):
@@ -1136,7 +1109,14 @@ def parse(argv):
         prog="cap_min.py", usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
         description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_flags(parser)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, default, kind, meaning in flags:
+            options = {"default": default, "help": meaning}
+            options["type" if callable(kind) else "choices"] = kind
+            if default == []:
+                options["nargs"] = "+"
+            group.add_argument(flag, **options)
     # parsed twice, since --method and --task change the defaults of the others
     args = parser.parse_args(argv)
     if args.task == "demo":

@@ -143,7 +143,7 @@ def read_rows(path):
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                text = line.decode("utf-8-sig").rstrip("\r\n")
             except UnicodeDecodeError:
                 raise ValueError(f"{path}, line {number}: not valid UTF-8") from None
             if text:
@@ -356,23 +356,20 @@ class Encoded:
 
     def sha256(self):
         """Of the token ids and labels."""
-        content = self.tokens.numpy().tobytes() + self.labels.numpy().tobytes()
-        return hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(bytes(self.tokens.numpy()) + bytes(self.labels.numpy())).hexdigest()
 
     def head(self, count):
         """The first `count` examples, or all if there are fewer."""
-        count = min(count, len(self))
         return Encoded(self.tokens, self.starts[:count], self.lengths[:count], self.first[:count],
                        self.labels[:count])
 
     def batch(self, index):
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
-        token_type_ids (B, T), labels (B,) and index (B,). index is on the CPU, the rest where the
-        tokens are."""
+        token_type_ids (B, T), labels (B,) and index (B,), where the tokens are."""
         # which positions are tokens
-        device, lengths = self.tokens.device, self.lengths[index]
+        device, lengths = self.tokens.device, self.lengths[index, None]  # (B, 1)
         position = torch.arange(int(lengths.max()), device=device)[None]  # (1, T)
-        index, lengths = sent(index, device), sent(lengths, device)[:, None]
+        index, lengths = sent(index, device), sent(lengths, device)
         real = position < lengths  # (B, T)
         # where they lie; padding reads the example's last token, which then becomes [PAD]
         where = self.starts[index][:, None] + position.minimum(lengths - 1)  # (B, T)
@@ -392,8 +389,9 @@ def encode_task(examples, tokenizer, max_length=128):
         first.append(token_type_ids.count(0))
     lengths = torch.tensor(lengths)
     labels = torch.tensor([example.label for example in examples])
-    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), lengths.cumsum(0) - lengths,
-                   lengths, torch.tensor(first), labels)
+    starts = lengths.cumsum(0) - lengths
+    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), starts, lengths,
+                   torch.tensor(first), labels)
 
 
 def inputs(batch):
@@ -402,7 +400,7 @@ def inputs(batch):
 
 
 def sent(tensor, device):
-    """A small tensor on `device`; nothing waits until a GPU has it."""
+    """A small CPU tensor on `device`; nothing waits until a GPU has it."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -421,11 +419,10 @@ def batches(data, batch_size, seed, epoch=0, start=0):
     The order is a function of (seed, epoch) alone, so (epoch, batches seen) is the whole state:
     `start` skips the batches that an interrupted epoch had already had."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    lengths = data.lengths
     # 50 batches of examples at random, cut into batches in the order of their lengths
     cut = []
     for bucket in torch.randperm(len(data), generator=generator).split(50 * batch_size):
-        by_length = bucket[lengths[bucket].argsort(stable=True)]
+        by_length = bucket[data.lengths[bucket].argsort(stable=True)]
         cut.extend(by_length.split(batch_size))
     # then these at random, so that long and short ones take turns
     for i in torch.randperm(len(cut), generator=generator)[start:].tolist():
@@ -453,11 +450,9 @@ def f1(predictions, labels):
 
 
 def pearson(predictions, labels):
-    x, y = predictions - np.mean(predictions), labels - np.mean(labels)
-    norm = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    if norm == 0:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
-    return float(np.sum(x * y) / norm)
+    return float(np.corrcoef(predictions, labels)[0, 1])
 
 
 def ranks(values):
