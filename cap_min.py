@@ -538,9 +538,9 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
-    last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
     model.train()
     while run.epoch < last:
+        last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
         for batch in batches(data, args.batch_size, args.seed, run.epoch, run.batch):
             step = (run.epoch - first) * steps + run.batch
             chance = randomness(args.seed, run.epoch, run.batch)
@@ -797,6 +797,9 @@ class Run:
             with open(self.log_path, "a") as file:
                 file.truncate(self.log_size)
         wait_for_all()
+        if not self.log_path.exists():
+            raise ValueError(f"{self.args.out} is not the folder that process 0 writes to: all "
+                             "machines must share it")
 
     def load(self, model, optimizer):
         """Take over the states of model and optimizer."""

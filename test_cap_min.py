@@ -404,13 +404,15 @@ def test_mask_is_the_head_of_a_stable_sort(size, density):
     k = max(1, round(density * size))
     for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
                    (torch.arange(size) % 127).float(), torch.arange(size).double()):
-        wanted = torch.zeros(size, dtype=torch.bool)
-        wanted[scores.sort(descending=True, stable=True).indices[:k]] = True
+        rows = torch.stack([scores, scores.flip(0)])
+        wanted = torch.zeros(2, size, dtype=torch.bool)
+        wanted.scatter_(1, rows.sort(descending=True, stable=True).indices[:, :k], True)
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            assert torch.equal(topk_mask(scores.to(device), density).cpu(), wanted)
-            both = torch.stack([scores, scores.flip(0)]).to(device)
-            assert torch.equal(cap_min.topk_masks(list(both), density)[0].cpu(), wanted)
-            assert torch.equal(cap_min.largest_of_rows(both, k)[0].cpu(), wanted)
+            rows = rows.to(device)
+            assert torch.equal(topk_mask(rows[0], density).cpu(), wanted[0])
+            masks = torch.stack(cap_min.topk_masks(list(rows), density))
+            assert torch.equal(masks.cpu(), wanted)
+            assert torch.equal(cap_min.largest_of_rows(rows, k).cpu(), wanted)
 
 
 @pytest.mark.parametrize("score_init", ["zero", "none"])
@@ -1217,24 +1219,31 @@ def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_p
         assert first["gradient_share"] == pytest.approx(second["gradient_share"], abs=2e-3)
 
 
-def test_two_machines(pretrained, glue, tmp_path):
-    """Two agents of torchrun, each with a cache of its own that holds model and data, and one run
-    folder for both."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_machines(shared, pretrained, glue, tmp_path, capfd):
+    """Two agents of torchrun with two processes each, and caches of their own that hold model and
+    data. If they have no run folder in common, one sentence tells it."""
     agents, port = [], free_port()
-    options = ["--task", "sst2", "--out", str(tmp_path / "run"), "--epochs", "2", "--max-train",
-               "50", "--batch-size", "8", "--max-length", "16", "--device", "cpu"]
+    options = ["--task", "sst2", "--epochs", "2", "--max-train", "50", "--batch-size", "8",
+               "--max-length", "16", "--device", "cpu", "--out"]
     for node in ("0", "1"):
         shutil.copytree(glue, tmp_path / node / "glue")
         shutil.copytree(pretrained, tmp_path / node / "bert-base-uncased")
+        out = tmp_path / "run" if shared else tmp_path / node / "run"
         agents.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
-             "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "1",
-             HERE / "cap_min.py", *options], stdout=subprocess.DEVNULL,
+             "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "2",
+             HERE / "cap_min.py", *options, out], stdout=subprocess.DEVNULL,
             env=os.environ | {"CAP_CACHE": str(tmp_path / node), "OMP_NUM_THREADS": "1"}))
-    assert [agent.wait() for agent in agents] == [0, 0]
+    status = [agent.wait() for agent in agents]
+    if not shared:
+        folder = tmp_path / "1" / "run"
+        assert status[1] != 0 and f"error: {folder} is not the folder that" in capfd.readouterr().err
+        return
+    assert status == [0, 0]
     record = record_of(tmp_path / "run")
     assert record["sparsity"]["kept"] == 2 * (4 * round(0.03 * 256) + 2 * round(0.03 * 512))
-    assert "2 processes" in record["versions"]["machine"]
+    assert "4 processes" in record["versions"]["machine"]
     assert record["config"]["model"] == "bert-base-uncased" and not record["config"]["data_dir"]
 
 

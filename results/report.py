@@ -206,17 +206,25 @@ def probe_table():
                   "movement + KD", "CAP"], rows)
 
 
+def selection_table():
+    """What `studies.py grid` wrote."""
+    return (HERE / "selection" / "grid.md").read_text(encoding="utf-8").strip()
+
+
 # ----------------------------------------------------------------------------- speed
 
 
 def throughput_table():
     """Records of bench/throughput.py: one column for each machine and task."""
     columns = []
-    for machine in ("xeon", "epyc"):
+    for machine in ("xeon", "epyc", "h100"):
         record = read_json(HERE / f"throughput-{machine}.json")
         for task, figures in record["tasks"].items():
             against, memory = figures["prune_against"], figures["peak_memory_bytes"]
             step = figures["parts_ms"].pop("whole step")
+            ratio = ""
+            if "tokenising" in record:
+                ratio = f"{record['tokenising'][task]['ratio']:.1f}"
             more_memory = (memory["prune"] - figures["bank_bytes"]) / memory["transformers"]
             column = {
                 "": f"{machine}, {task}",
@@ -225,8 +233,7 @@ def throughput_table():
                 "against bert_min's dense fine-tuning": f"{against['dense']:.2f}",
                 "a snapshot, in epochs of steps": f"{figures['snapshot_of_epoch']:.2f}",
                 "peak memory without banks, against transformers": f"{more_memory:.2f}",
-                "WordPiece against tokenizers, a core each":
-                    f"{record['tokenising'][task]['ratio']:.1f}",
+                "WordPiece against tokenizers, a core each": ratio,
                 "a step at 97 %, ms": f"{step:.0f}",
                 "contrastive terms, of a step": f"{figures['contrastive_ms'] / step:.0%}"}
             for part, ms in figures["parts_ms"].items():
@@ -286,7 +293,7 @@ def equation_table():
 # ----------------------------------------------------------------------------- pages
 
 TABLES = {"demo": demo_table, "glue": glue_table, "epochs": epochs_table, "methods": methods_table,
-          "probes": probe_table, "throughput": throughput_table, "latency": latency_table,
+          "probes": probe_table, "selection": selection_table, "throughput": throughput_table, "latency": latency_table,
           "equations": equation_table}
 
 

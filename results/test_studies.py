@@ -170,6 +170,30 @@ def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
     assert "gone: no such folder" in error and "dev:" not in out
 
 
+# -------------------------------------------------------------------------- hold-out
+
+
+def test_held_out_rows_are_in_one_set_alone(tmp_path, capsys):
+    """3 of 10 rows become the dev sets, both of MNLI's, the others stay; texts are as they were,
+    the header is in each file. The same command draws the same rows; 10 rows are too many."""
+    (tmp_path / "glue" / "MNLI").mkdir(parents=True)
+    rows = [f"{i} \x85\t{i}\tneutral" for i in range(10)]
+    header = "sentence1\tsentence2\tgold_label"
+    (tmp_path / "glue" / "MNLI" / "train.tsv").write_text("\n".join([header, *rows]), "utf-8")
+    command = ["hold-out", "--task", "mnli", "--data-dir", str(tmp_path / "glue"), "--rows"]
+    for out in ("one", "two"):
+        assert studies.main([*command, "3", "--out", str(tmp_path / out)]) == 0
+    for name in ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"):
+        first, second = (tmp_path / out / "MNLI" / name for out in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+        assert first.read_text("utf-8").startswith(header + "\n")
+    train, dev = (load("mnli", split, tmp_path / "one") for split in ("train", "dev"))
+    assert (len(train), len(dev)) == (7, 3) and dev == load("mnli", "dev_mm", tmp_path / "one")
+    assert sorted(train + dev) == load("mnli", "train", tmp_path / "glue")
+    assert studies.main([*command, "10", "--out", str(tmp_path / "one")]) == 2
+    assert "its training set has 10 rows" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------ grid
 
 STAND_IN = """
