@@ -21,6 +21,7 @@ import http.client
 import json
 import math
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ class BertConfig:
         """The configuration in a Hugging Face config.json. ValueError where it is malformed or not
         that of a plain BERT."""
         wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        raw = read_json(path)
+        raw = {key: value for key, value in read_json(path).items() if value is not None}
+        if raw.get("hidden_act") == "gelu_python":  # the same function
+            raw["hidden_act"] = "gelu"
         for key, value in wanted.items():
             if raw.get(key, value) != value:
                 raise ValueError(f"{path}: {key} is {raw[key]!r:.99}, only {value!r} is known here")
@@ -88,6 +91,8 @@ class BertConfig:
         labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
         raw.update(id2label=labels, label2id={word: i for i, word in labels.items()},
                    architectures=["BertForSequenceClassification"], model_type="bert")
+        if count == 1:
+            raw["problem_type"] = "regression"  # else transformers' pipeline takes a sigmoid
         write_json(raw, path)
 
 
@@ -348,7 +353,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 HEADER_LIMIT = 10 ** 7  # bytes; BERT-base's header has 24,000
 
 REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
-BERT_BASE_URL = f"https://huggingface.co/google-bert/bert-base-uncased/resolve/{REVISION}"
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+BERT_BASE_URL = f"{HUB}/google-bert/bert-base-uncased/resolve/{REVISION}"
 BERT_BASE_FILES = {  # name: SHA-256
     "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
@@ -382,7 +388,7 @@ def model_folder(path_or_name):
     folder = Path(path_or_name)
     if folder.is_dir():
         return folder
-    if str(path_or_name) != "bert-base-uncased":
+    if str(path_or_name).removeprefix("google-bert/") != "bert-base-uncased":
         raise FileNotFoundError(f"{path_or_name}: no such folder (bert-base-uncased is the only "
                                 "model that is downloaded by name)")
     folder = cache_folder() / "bert-base-uncased"
@@ -395,9 +401,10 @@ def from_pretrained(path_or_name, num_labels=2):
     """A `BertClassifier` from a folder (config.json with model.safetensors or pytorch_model.bin)
     or by the name `bert-base-uncased`; what was ignored or newly initialised is printed.
 
-    Names with or without the prefix `bert.` and LayerNorm's old gamma/beta are understood;
-    pre-training heads are ignored; a classifier that is absent or of another size is newly
-    initialised. num_labels=None: a fine-tuned model, its classifier must be there as well.
+    The model is in eval mode. Names with or without the prefix `bert.` and LayerNorm's old
+    gamma/beta are understood; pre-training heads are ignored; a pooler that is absent, or a
+    classifier that is absent or of another size, is newly initialised. num_labels=None: a
+    fine-tuned model, both must be there.
     ValueError, naming the first tensors, if one that must be there is missing, of another shape
     or not finite; FileNotFoundError if a file is missing."""
     folder = model_folder(path_or_name)
@@ -418,7 +425,8 @@ def from_pretrained(path_or_name, num_labels=2):
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape == wanted.shape and tensor.is_floating_point():
             fitting[name] = tensor
-        elif name.startswith("classifier.") and num_labels is not None:
+        elif num_labels is not None and (name.startswith("classifier.") or tensor is None
+                                         and name.startswith("bert.pooler.")):
             fresh.append(name)
         else:
             unfit.append(name)
@@ -437,7 +445,7 @@ def from_pretrained(path_or_name, num_labels=2):
     if ignored or fresh:
         print(f"{path}: ignored {len(ignored)} tensors {ignored[:2]}, newly initialised {fresh}",
               flush=True)
-    return model
+    return model.eval()
 
 
 def read_weights(folder):
@@ -448,11 +456,16 @@ def read_weights(folder):
     path = folder / "pytorch_model.bin"
     if path.exists():
         return path, load_bin(path)
+    if any(folder.glob("*.index.json")):
+        raise ValueError(f"{folder}: its weights lie in several files; load it in transformers and "
+                         "save it with max_shard_size='100GB'")
     raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
 
 
 def current_name(name):
-    """The name a tensor has in `BertClassifier`: with prefix `bert.`, gamma/beta replaced."""
+    """The name a tensor has in `BertClassifier`: with prefix `bert.`, without those of
+    DistributedDataParallel and torch.compile, gamma/beta replaced."""
+    name = re.sub(r"^(module\.|_orig_mod\.)*", "", name)
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
@@ -473,6 +486,7 @@ def load_bin(path):
     code. ValueError if it holds anything else."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = tensors.get("state_dict", tensors)
         return {str(name): tensor.detach() for name, tensor in tensors.items()}
     except Exception as error:  # torch raises half a dozen types here
         raise ValueError(f"{path}: not a weight file of tensors alone "

@@ -53,6 +53,10 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+if sys.version_info < (3, 10):
+    print("error: Python 3.10 or newer is needed", file=sys.stderr)
+    sys.exit(2)
+
 from bert_min import (BertClassifier, from_pretrained, model_folder, read_json, replacing,
                       save_pretrained, write_json)
 from data_glue import (TASKS, batches, batches_by_length, encode_task, inputs, load, load_tokenizer,
@@ -772,9 +776,18 @@ class Run:
         self.saved = None  # what a stopped run had saved, until `load` has taken it over
 
     def begin(self):
-        """Take over the position of a stopped run, if there is one, and make the run folder, or cut
-        its log to what it was when this was saved. ValueError if what was saved is damaged or has
-        other training rows."""
+        """Make the run folder, take over the position of a stopped run, if there is one, and cut
+        its log to what it was when this was saved. ValueError if another process uses the folder,
+        or if what was saved is damaged or has other training rows."""
+        # its folder, for one run at a time
+        wait_for_all()  # else one could write before another has looked
+        if rank() == 0:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            write_json(run_config(self.args), self.args.out / "config.json")
+            self.folder.mkdir(exist_ok=True)
+            self.lock = locked(self.folder / "lock")
+        wait_for_all()
+        wait_for_file(self.folder / "lock")
         # where it was
         path = self.folder / "state.pt"
         if path.exists():
@@ -786,20 +799,14 @@ class Run:
                 raise ValueError(f"{self.args.out} was begun with other training rows: choose "
                                  "another --out")
             vars(self).update(self.saved["position"])
-        # its folder, without what a kill has left half written
-        wait_for_all()  # else one could write before another has looked
+        # without what a kill has left half written
+        wait_for_all()
         if rank() == 0:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            write_json(run_config(self.args), self.args.out / "config.json")
-            self.folder.mkdir(exist_ok=True)
             for torn in self.folder.glob("*.tmp"):
                 torn.unlink()
             with open(self.log_path, "a") as file:
                 file.truncate(self.log_size)
         wait_for_all()
-        if not self.log_path.exists():
-            raise ValueError(f"{self.args.out} is not the folder that process 0 writes to: all "
-                             "machines must share it")
 
     def load(self, model, optimizer):
         """Take over the states of model and optimizer."""
@@ -856,6 +863,30 @@ class Run:
         now = time.perf_counter()
         self.seconds[self.phase] += now - self.last_tick
         self.phase, self.last_tick = phase, now
+
+
+def locked(path):
+    """An open file that no other process can lock until this one closes it or ends. ValueError if
+    another has locked it."""
+    file = open(path, "w")
+    try:
+        import fcntl  # not there on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path.parent.parent} is in use by another process") from None
+    except (ImportError, OSError):  # the second: a file system that has no locks
+        pass
+    return file
+
+
+def wait_for_file(path):
+    """ValueError if this machine does not see what another has written."""
+    for _ in range(40):  # a network folder may show it late
+        if path.exists():
+            return
+        time.sleep(1)
+    raise ValueError(f"{path.parent.parent} is not the folder that process 0 writes to: all "
+                     "machines must share it")
 
 
 def run_config(args):
@@ -1005,20 +1036,26 @@ def own_part(batch):
 def gather(rows, size):
     """From the rows (b, D) of each process's part to those of the whole batch (B, D).
 
-    Every process computes the loss of the whole batch, but its gradient reaches only its own rows:
-    summed over processes it is the gradient that one process would have."""
-    count = processes()
-    if count == 1:
+    All n processes compute the loss of the whole batch, so the gradient of `Summed` is n times that
+    of one process, and the mean that DistributedDataParallel takes is what one would have."""
+    if processes() == 1:
         return rows
-    # the rows of all, without gradient
+    # one's own rows among zeros, and the sum over processes
     whole = rows.new_zeros(size, rows.size(1))
-    whole[rank()::count] = rows.detach()
-    whole = summed(whole)
-    # and among them one's own, with it; a copy, whose gradient is that of this use alone
-    own = rows.clone()
-    own.register_hook(lambda gradient: count * gradient)  # DistributedDataParallel divides by it
-    whole[rank()::count] = own
-    return whole
+    whole[rank()::processes()] = rows
+    return Summed.apply(whole)
+
+
+class Summed(torch.autograd.Function):
+    """`summed` with its gradient, which is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return summed(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return summed(grad.clone())
 
 
 def distribute(model):
@@ -1199,25 +1236,56 @@ def load_data(args, tokenizer, config):
     return encoded.pop("train"), encoded
 
 
-def load_fine_tuned(folder, task, config):
-    """A model fine-tuned on the task. ValueError unless its labels are the task's, in order (those
-    that have no names, LABEL_0 and so on, are trusted), and its sizes those of `config`."""
-    # its labels, if they have names
-    model = from_pretrained(folder, num_labels=None)
-    words, labels = [word.lower() for word in TASKS[task].words], model.config.id2label or {}
-    found = [labels[i].lower() for i in sorted(labels)]
-    if found and found[0].startswith("label_"):
-        found = words
-    if model.config.num_labels != max(1, len(words)) or found not in (words, []):
-        found = list(labels.values()) or model.config.num_labels
-        raise ValueError(f"{folder}: its labels are {found}, those of {task} are "
-                         f"{words or 'one number'}")
+def label_order(labels, words):
+    """[position of the label that stands for a word, for each of the task's words], or [] if they
+    do not fit: the words themselves in any case, their numbers, beginnings of words (neg, pos).
+    LABEL_0 and so on, or no labels at all, are trusted to be in order, and so is one output."""
+    labels, words = [label.lower() for label in labels], [word.lower() for word in words]
+    if not labels or not words:
+        return list(range(max(1, len(words))))
+    for form in ("{word}", "{i}", "label_{i}"):
+        wanted = [form.format(i=i, word=word) for i, word in enumerate(words)]
+        if sorted(wanted) == sorted(labels):
+            return [labels.index(label) for label in wanted]
+    order = []
+    for word in words:
+        fit = [i for i, label in enumerate(labels) if len(label) > 2 and word.startswith(label)]
+        if len(fit) != 1:
+            return []
+        order += fit
+    return order if len(set(order)) == len(labels) else []
+
+
+def load_fine_tuned(folder, args, config):
+    """A model fine-tuned on the task, with its outputs in the order of the task's words. ValueError
+    if its labels are others. ValueError too if it reads other tokens than a model of `config`, or
+    has vectors of another width, which matters for FiC alone."""
+    model, words = from_pretrained(folder, num_labels=None), TASKS[args.task].words
+    labels = model.config.id2label or {}
+    order = label_order([labels[i] for i in sorted(labels)], words)
+    if len(order) != model.config.num_labels:
+        raise ValueError(f"{folder}: its labels are {list(labels.values())}, those of {args.task} "
+                         f"are {words or 'one number'}")
+    for parameter in model.classifier.parameters():
+        parameter.data = parameter.data[order]
     # its sizes
-    for name in ("hidden_size", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+    same = ["vocab_size", "max_position_embeddings", "type_vocab_size"]
+    if "fic" not in args.without:
+        same.append("hidden_size")
+    for name in same:
         if getattr(model.config, name) != getattr(config, name):
             raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
                              f"--model is {getattr(config, name)}")
     return model
+
+
+def check_teacher(teacher, args, dense):
+    """ValueError if a model without label words does far worse than chance: its LABEL_0 is another
+    class than that of the task."""
+    words, labels = TASKS[args.task].words, teacher.config.id2label or {0: "LABEL_0"}
+    if labels[0] == "LABEL_0" and dense.get("accuracy", 1.0) < 0.8 / max(1, len(words)):
+        raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its "
+                         f"config.json an id2label with the words {words} in the order of its outputs")
 
 
 def tune_cpu():
@@ -1256,7 +1324,7 @@ def cap(args):
     model = from_pretrained(source, max(1, len(TASKS[args.task].words))).to(device)
     config, teacher = model.config, None
     if args.teacher is not None:
-        teacher = load_fine_tuned(args.teacher, args.task, config).to(device)
+        teacher = load_fine_tuned(args.teacher, args, config).to(device)
     data, dev_sets = load_data(args, tokenizer, config)
     settle_schedule(args, len(data))
     run = Run(args, data.sha256())
@@ -1276,6 +1344,7 @@ def cap(args):
         run.enter("other")
         run.dense = evaluate(teacher, args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
+        check_teacher(teacher, args, run.dense)
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1301,11 +1370,12 @@ def cap(args):
 
     # the record, of the exported folder
     run.enter("other")
-    model = load_fine_tuned(args.out / "model", args.task, config).to(device)
+    model = load_fine_tuned(args.out / "model", args, config).to(device)
     record = make_record(run, model, data, dev_sets)
     if rank() == 0:
         draw_curve(args.out, run.dense)
         write_json(record, args.out / "record.json")
+        run.lock.close()
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     wait_for_all()
     print_summary(args, record)

@@ -111,8 +111,8 @@ def load(task, split, data_dir=None):
 def read_examples(task, path):
     """list[Example] of a file whose columns are named by `task`."""
     rows = read_rows(path)
-    columns = [task.text_a, task.text_b, task.label]
-    # a header names the columns, but in CoLA, which has none
+    columns, header = [task.text_a, task.text_b, task.label], range(4)
+    # a header names the columns, but in CoLA, which has four and no header
     if isinstance(task.label, str):
         number, header = next(rows, (1, []))
         for i, column in enumerate(columns):
@@ -125,8 +125,8 @@ def read_examples(task, path):
     text_a, text_b, label = columns
     examples = []
     for number, row in rows:
-        if max(text_a, text_b or 0, label) >= len(row):
-            raise ValueError(f"{path}, line {number}: only {len(row)} columns")
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {number}: {len(row)} columns, not {len(header)}")
         # "-": SNLI's annotators did not agree
         if row[label] == "-" and task.labels == NLI:
             continue

@@ -933,7 +933,7 @@ def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path,
     assert (finished / "record.json").stat().st_mtime_ns == before
 
 
-def test_recipe():
+def test_recipe(capsys):
     """The defaults are those of the paper's MNLI: 10 epochs of 392,702 rows in batches of 32 are
     122,720 steps, scores from 0; below 30,000 steps from the magnitude. Weights and scores have
     a learning rate each; the encoder's matrices have scores, the embeddings are frozen. There are
@@ -963,6 +963,7 @@ def test_recipe():
                   "--w-sup nan", "--method hard", "--temperature cold", "--without all"):
         with pytest.raises(SystemExit):
             cap_min.parse(wrong.split())
+        assert f"error: argument {wrong.split()[0]}: " in capsys.readouterr().err
 
 
 def test_step_line_fits_in_120_columns():
@@ -1018,27 +1019,46 @@ def test_structured_run(whole, pretrained):
     assert sum(layer.weight.numel() for layer in encoder_linears(model).values()) == 0.75 * 4096
     lines = [line for line in log_of(out) if "dev" in line]
     assert [(line["step"], line["epoch"]) for line in lines] == [(6, 0), (13, 1), (20, 2)]
-    assert lines[0]["kept"] > lines[1]["kept"] > lines[2]["kept"] == pytest.approx(0.75, abs=1 / 4096)
+    kept = [line["kept"] for line in lines]
+    assert kept[0] > kept[1] > kept[2] == pytest.approx(0.75, abs=1 / 4096)
     assert ["snc" in line for line in steps_of(out)] == [False] * 7 + [True] * 14
     for name, weight in before.bert.embeddings.state_dict().items():
         assert torch.equal(model.bert.embeddings.state_dict()[name], weight)
 
 
-def test_regression_and_pairs(command, tmp_path):
-    """STS-B: one output, squared errors, Pearson and Spearman; the label is one column of ten.
-    Without the three contrastive terms it is movement pruning with distillation."""
-    (tmp_path / "STS-B").mkdir()
+@pytest.fixture(scope="session")
+def regression(command, tmp_path_factory):
+    """Folder of a run of STS-B without contrastive terms; the label is one column of ten."""
+    folder = tmp_path_factory.mktemp("stsb")
+    (folder / "STS-B").mkdir()
     header = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
     rows = [f"{i}\t.\t.\t.\t.\t.\t.\tgood film\t{'good ' * (i % 5)}\t{i % 5}" for i in range(48)]
     for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
-    out = tmp_path / "run"
-    assert main(command(out, "movement", "--task", "stsb", "--data-dir", str(tmp_path), "--epochs",
+        (folder / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
+    out = folder / "run"
+    assert main(command(out, "movement", "--task", "stsb", "--data-dir", str(folder), "--epochs",
                         "3", "--without", "snc", "prc", "fic")) == 0
-    assert set(record_of(out)["pruned"]) == {"pearson", "spearman"}
-    assert record_of(out)["dense"]["pearson"] > 0.9  # the number of words decides: can be learnt
-    assert set(steps_of(out)[-1]["gradient_share"]) == {"ce", "kd"}
-    assert from_pretrained(out / "model", None).config.num_labels == 1
+    return out
+
+
+def test_regression_and_pairs(regression):
+    """One output, squared errors, Pearson and Spearman: movement pruning with distillation."""
+    assert set(record_of(regression)["pruned"]) == {"pearson", "spearman"}
+    dense = record_of(regression)["dense"]
+    assert dense["pearson"] > 0.9  # the number of words decides: can be learnt
+    assert set(steps_of(regression)[-1]["gradient_share"]) == {"ce", "kd"}
+    assert from_pretrained(regression / "model", None).config.num_labels == 1
+
+
+def test_regression_in_transformers_pipeline(regression):
+    """It answers with the value itself."""
+    transformers = pytest.importorskip("transformers")
+    said = transformers.pipeline("text-classification", str(regression / "model"))(
+        {"text": "good film", "text_pair": "good good"})
+    ids, segments = WordPiece(regression / "model" / "vocab.txt").encode("good film", "good good")
+    model = from_pretrained(regression / "model", None)
+    logits, _ = model(tensor([ids], LONG), token_type_ids=tensor([segments], LONG))
+    assert said["score"] == pytest.approx(logits.item(), abs=1e-5)
 
 
 def test_what_is_random_is_a_function_of_its_place(monkeypatch):
@@ -1156,6 +1176,17 @@ def test_killed_at_any_moment_the_run_ends_the_same(method, whole, command, tmp_
     assert_same(whole(method), tmp_path)
 
 
+def test_the_same_command_twice_at_once_is_refused(command, tmp_path, monkeypatch, capsys):
+    """Until the first has ended, in whatever way."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "randomness", 9)
+        assert main(command(tmp_path)) == 130
+    with cap_min.locked(tmp_path / "checkpoint" / "lock"):
+        assert main(command(tmp_path)) == 2
+        assert f"error: {tmp_path} is in use by another process\n" == capsys.readouterr().err
+    assert main(command(tmp_path)) == 0
+
+
 def test_a_damaged_state_and_other_rows_are_refused(command, glue, tmp_path, monkeypatch, capsys):
     """After a stop, one label is changed: refused, until it is changed back. So is a state that is
     cut short."""
@@ -1238,7 +1269,8 @@ def test_two_machines(shared, pretrained, glue, tmp_path, capfd):
     status = [agent.wait() for agent in agents]
     if not shared:
         folder = tmp_path / "1" / "run"
-        assert status[1] != 0 and f"error: {folder} is not the folder that" in capfd.readouterr().err
+        assert status[1] != 0
+        assert f"error: {folder} is not the folder that process 0" in capfd.readouterr().err
         return
     assert status == [0, 0]
     record = record_of(tmp_path / "run")
@@ -1253,7 +1285,7 @@ def test_two_machines(shared, pretrained, glue, tmp_path, capfd):
 @pytest.mark.parametrize("method", ["movement", "soft"])
 def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
     """Nor does it mix devices: on torch's meta device, whose tensors have no content, either
-    raises. So a GPU never waits for the CPU between two log lines."""
+    raises. So the CPU never waits for a GPU between two log lines."""
     monkeypatch.setattr(cap_min, "autocast", lambda device, dtype: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     args, meta = cap_min.parse(["--method", method]), torch.device("meta")
@@ -1287,24 +1319,64 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
     (["--max-length", "33"], "the model's 32 positions"), (["--max-length", "1"], "--max-length 1"),
     (["--epochs", "1", "--batch-size", "10"], "5 steps with --warmup 0.09 have no room"),
     (["--warmup", "0.2"], "14 steps with --warmup 0.2 have no room"),
-    (["--teacher", "swapped"], "swapped: its labels are ['positive', 'negative']"),
+    (["--teacher", "swapped"], "swapped: its labels are ['good', 'bad']"),
     (["--teacher", "small"], "small: its "),
     (["--model", "swapped"], "has 43 pieces, the model knows 42")])
 def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretrained, tmp_path,
                                            monkeypatch, capsys):
-    """Exit status 2, one line on stderr, and no run folder has been made. A teacher that calls
-    class 0 "positive" would teach the opposite in silence; one of another size has no bank."""
+    """Exit status 2, one line on stderr, and no run folder has been made. What a teacher calls
+    "good" is anyone's guess; one of another size has no bank."""
     monkeypatch.chdir(tmp_path)
     model = from_pretrained(pretrained)
-    model.config.id2label = {0: "positive", 1: "negative"}
+    model.config.id2label = {0: "good", 1: "bad"}
     save_pretrained(model, "swapped")
     Path("swapped/vocab.txt").write_text("\n".join([*PIECES, "more"]), "utf-8")
     save_pretrained(BertClassifier(BertConfig(**{**vars(TINY), "hidden_size": 8})), "small")
+    small = cap_min.parse(command("run", "movement", "--without", "prc", "snc", "fic"))
+    cap_min.load_fine_tuned("small", small, model.config)  # it serves for distillation alone
     capsys.readouterr()
     assert main(command("run", "movement", *options)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
     assert not Path("run").exists()
+
+
+def test_labels_are_matched_to_words():
+    """Words first, also where they are short, numbers or beginnings of one another."""
+    for labels, words, order in (
+            (["no", "yes"], ["no", "yes"], [0, 1]), (["pos", "NEG"], ["neg", "Positive"], [1, 0]),
+            (["sports", "sport"], ["sport", "sports"], [1, 0]), (["1", "0"], ["1", "0"], [0, 1]),
+            (["1", "0"], ["Bad", "Good"], [1, 0]), (["a", "b"], ["bad", "good"], []),
+            (["LABEL_0", "LABEL_1"], ["bad", "good"], [0, 1]), ([], ["bad", "good"], [0, 1]),
+            (["LABEL_0"], [], [0]), ([], [], [0]), (["bad", "bad"], ["bad", "good"], [])):
+        assert cap_min.label_order(labels, words) == order
+
+
+@pytest.mark.parametrize("labels", [["positive", "negative"], ["NEG", "pos"], ["1", "0"], None])
+def test_labels_of_a_teacher(labels, finished, command, tmp_path):
+    """In another order, case or spelling, or as numbers, they are mapped to the task's words: the
+    same logits. Without names their order is trusted."""
+    teacher, args = from_pretrained(finished / "teacher"), cap_min.parse(command(tmp_path))
+    batch = toy_batch()
+    wanted = teacher(*batch)[0]
+    teacher.config.id2label = labels and dict(enumerate(labels))
+    if labels and labels[0] in ("positive", "1"):
+        for parameter in teacher.classifier.parameters():
+            parameter.data = parameter.data.flip(0)
+    save_pretrained(teacher, tmp_path)
+    loaded = cap_min.load_fine_tuned(tmp_path, args, teacher.config)
+    assert torch.equal(loaded(*batch)[0], wanted)
+
+
+def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypatch, capsys):
+    """One with LABEL_0 and LABEL_1 the other way round, say: the sentence tells what to do."""
+    monkeypatch.setattr(cap_min, "evaluate", lambda *given: {"accuracy": 0.39})
+    teacher = from_pretrained(finished / "teacher")
+    teacher.config.id2label = None
+    save_pretrained(teacher, tmp_path / "teacher")
+    out = tmp_path / "run"
+    assert main(command(out, "movement", "--teacher", str(tmp_path / "teacher"))) == 2
+    assert "an id2label with the words ['negative', 'positive']" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, sentence", [
@@ -1339,7 +1411,7 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     assert (f"error: {out}/checkpoint/state.pt could not be written: the disk may be full; what "
             "was saved before is kept\n") == capsys.readouterr().err
     files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == {"config.json", "log.jsonl", "whole"}
+    assert files == {"config.json", "log.jsonl", "lock", "whole"}
     assert load_safetensors(path)["a"].tolist() == [1, 1]
 
 
@@ -1349,7 +1421,8 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
 @pytest.mark.parametrize("task, text, sentence", [
     ("sst2", b"sentence\tlabel\ngood\t1\nbad\t2\n", "line 3: label '2', not one of 0, 1"),
     ("sst2", b"sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only ['sentence', 'l"),
-    ("sst2", b"sentence\tlabel\ngood 1\n", "line 2: only 1 columns"),
+    ("sst2", b"sentence\tlabel\ngood 1\n", "line 2: 1 columns, not 2"),
+    ("sst2", b"sentence\tlabel\nso\tgood\t1\n", "line 2: 3 columns, not 2"),
     ("sst2", b"sentence\tlabel\n", "no examples"),
     ("sst2", b"\n\nlabel\n", "line 3: no column 'sentence', only ['label']"),
     ("sst2", b"sentence\tlabel\ngood\t1\n\xff\t1\n", "line 3: not valid UTF-8"),
@@ -1385,23 +1458,41 @@ def test_glue_files_as_they_are(tmp_path):
 
 
 def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
-    """Without the prefix `bert.`, with gamma/beta, half precision, pre-training heads, or as
-    pytorch_model.bin: the same weights, and one line tells what was ignored and what is new."""
+    """Without the prefix `bert.`, with those of DistributedDataParallel and torch.compile, with
+    gamma/beta, half precision, pre-training heads, nulls in the configuration, as "state_dict" in a
+    pytorch_model.bin: the same weights, in eval mode, and one line tells what was ignored and what
+    is new. So it does of a pooler that is not there."""
     wanted = load_safetensors(pretrained / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((pretrained / "config.json").read_bytes())
+    config = json.loads((pretrained / "config.json").read_text())
+    config |= {"pad_token_id": None, "hidden_act": "gelu_python", "position_embedding_type": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     old = {name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
            .replace("LayerNorm.bias", "LayerNorm.beta"): tensor.bfloat16()
            for name, tensor in wanted.items() if not name.startswith("classifier")}
     old["cls.predictions.bias"] = torch.zeros(3)
-    for save, name in ((torch.save, "pytorch_model.bin"), (save_safetensors, "model.safetensors")):
-        save(old, tmp_path / name)
-        state = from_pretrained(tmp_path, num_labels=3).bert.state_dict()
+    wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in old.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "pytorch_model.bin")
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        model = from_pretrained(tmp_path, num_labels=3)
+        state = model.bert.state_dict()
+        assert not model.training
         for key, weight in state.items():
             assert torch.equal(weight, wanted["bert." + key].bfloat16().float())
         assert (f"{tmp_path / name}: ignored 1 tensors ['cls.predictions.bias'], newly initialised "
                 "['classifier.weight', 'classifier.bias']\n") == capsys.readouterr().out
+        save_safetensors(old, tmp_path / "model.safetensors")
     from_pretrained(pretrained, num_labels=3)
     assert not capsys.readouterr().out
+    del old["pooler.dense.weight"], old["pooler.dense.bias"]
+    save_safetensors(old, tmp_path / "model.safetensors")
+    from_pretrained(tmp_path)
+    assert "newly initialised ['bert.pooler.dense.weight', 'bert.poo" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="missing .* bert.pooler.dense.weight"):
+        from_pretrained(tmp_path, num_labels=None)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).rename(tmp_path / f"{name}.index.json")
+    with pytest.raises(ValueError, match="several files; load it in transformers and save it with"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("pooler, sentence", [
@@ -1541,9 +1632,20 @@ def test_bert_base_is_downloaded_by_name(served, pretrained, monkeypatch):
     assert [path.name for path in cache.iterdir()] == ["config.json"]
     (served / "config.json").unlink()
     monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right)
-    got, wanted = from_pretrained("bert-base-uncased"), from_pretrained(pretrained)
+    got, wanted = from_pretrained("google-bert/bert-base-uncased"), from_pretrained(pretrained)
     for name, weight in wanted.bert.state_dict().items():
         assert torch.equal(got.bert.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("code, variables, status, printed", [
+    ("import sys; sys.version_info = (3, 9); import cap_min", {}, 2, "error: Python 3.10 or newer"),
+    ("import bert_min; print(bert_min.BERT_BASE_URL)", {"HF_ENDPOINT": "https://mirror"}, 0,
+     "https://mirror/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f72")])
+def test_what_is_decided_at_import(code, variables, status, printed):
+    """An old Python is refused before any work; a mirror of the hub is asked in its place."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | variables,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == status and printed in done.stdout
 
 
 def test_glue_archives_are_downloaded_and_unpacked(served, glue, monkeypatch):

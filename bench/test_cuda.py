@@ -15,8 +15,8 @@ import cap_min  # noqa: E402
 from bert_min import BertClassifier, from_pretrained  # noqa: E402
 from cap_min import encode, main, topk_mask  # noqa: E402
 from data_glue import WordPiece, encode_task, load  # noqa: E402
-from test_cap_min import (TINY, command, ends, glue, pretrained, record_of, start,  # noqa: E402, F401
-                          steps_of, stop_at, toy_data, vocab)  # noqa: F401
+from test_cap_min import (  # noqa: E402, F401
+    TINY, command, ends, glue, pretrained, record_of, start, steps_of, stop_at, toy_data, vocab)
 
 pytestmark = pytest.mark.cuda
 
@@ -40,11 +40,19 @@ def test_no_step_waits_for_the_gpu(method, command, tmp_path, monkeypatch):
 
 def test_banks_outside_the_gpu(command, tmp_path, monkeypatch):
     """A bank that takes more than half of what is free there gives the same losses from outside."""
-    logs = []
+    logs, places, original = [], [], cap_min.load_bank
+
+    def watched(*given):
+        bank = original(*given)
+        places.append(bank.device.type)
+        return bank
+
+    monkeypatch.setattr(cap_min, "load_bank", watched)
     for free in (2 ** 40, 0):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 ** 40))
         assert main(command(tmp_path / str(free), "movement", "--device", "cuda")) == 0
         logs.append([line["prc"] for line in steps_of(tmp_path / str(free))])
+    assert places == ["cuda"] * 3 + ["cpu"] * 3
     assert logs[0] == pytest.approx(logs[1], rel=1e-3)
 
 

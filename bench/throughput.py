@@ -226,7 +226,7 @@ def prune_side(options, folder):
 
 
 def pruning_phase(args, data, model):
-    """The pruning phase as in cap_min.run, of a model that is its own teacher; returns its
+    """The pruning phase as in cap_min.cap, of a model that is its own teacher; returns its
     ancestors. The dev set has SST-2's and MNLI's share of the training set."""
     run, dev = begin(args, data), data.head(math.ceil(len(data) / 100))
     cap_min.store_ancestors(run, model, model, data)

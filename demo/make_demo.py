@@ -226,8 +226,8 @@ def pretrain(model, data, epochs, device, dtype, mask_id=4, share=0.3, lr=1e-3, 
             ids, hidden = hide(batch["input_ids"], mask_id, size, share)
             hidden &= (batch["labels"] == 0)[:, None]  # only what fits together teaches facts
             wanted = batch["input_ids"][hidden].to(device)
-            batch = {name: tensor.to(device) for name, tensor in (batch | {"input_ids": ids}).items()}
-            hidden = hidden.to(device)
+            batch, hidden = batch | {"input_ids": ids}, hidden.to(device)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with cap_min.autocast(device, dtype):
                 tokens, pooled = model.bert(*inputs(batch))
                 words, follows = guess(tokens[hidden]), model.classifier(pooled)

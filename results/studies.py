@@ -1,4 +1,5 @@
-"""Studies made of several runs of cap_min.py: methods compared, encoders probed, lists of runs.
+"""Studies made of several runs of cap_min.py: methods compared, encoders probed, lists of runs,
+and held-out rows to choose settings on.
 
 Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_min.py]
           CAP, its ablations and plain pruning on equal data and budget: OUT/compare.md
@@ -143,7 +144,8 @@ def probe(run, args):
         args.max_length = run_config["max_length"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no finished run with a record.json") from None
-    # models and data
+    # models and data; of a model without a pooler this is drawn
+    torch.manual_seed(0)
     args.model, args.dtype = str(run / "model"), "fp32"
     device = cap_min.choose_device(args)
     classes = max(1, len(TASKS[args.task].words))
@@ -200,10 +202,13 @@ def fit_classifier(model, data):
 
 def hold_out(task, data_dir, count, out):
     """Write to `out` a task's folder whose dev sets are `count` rows of its training set, drawn by
-    a fixed seed, and whose training set has the others. ValueError if it has no more."""
+    a fixed seed, and whose training set has the others. ValueError if it has no more, or if `out`
+    is where its data lie."""
     task = TASKS[task]
-    rows = (data_dir / task.folder / task.files["train"]).read_bytes().rstrip().split(b"\n")
-    header = []
+    if out.resolve() == data_dir.resolve():
+        raise ValueError(f"{out} has the task's own files: choose another --out")
+    lines = (data_dir / task.folder / task.files["train"]).read_bytes().split(b"\n")
+    rows, header = [line for line in lines if line.rstrip(b"\r")], []
     if isinstance(task.label, str):
         header.append(rows.pop(0))
     if count >= len(rows):

@@ -51,6 +51,22 @@ def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path
             report.comparison("x-")
 
 
+def test_selection_is_what_its_records_say(tmp_path):
+    """studies.py makes the same table of them again; those of a task have the same rows and source,
+    and those of a seed the same teacher."""
+    import studies
+    written = (HERE / "selection" / "grid.md").read_text(encoding="utf-8")
+    records, common = {}, {}
+    for run in dict.fromkeys(re.findall(r"^\| \w+ \| \w+ \| (\S+) \|", written, re.MULTILINE)):
+        for path in sorted((HERE / "selection").glob(f"{run}-seed*.json")):
+            record = records[path.stem] = json.loads(path.read_text())
+            facts = record["train_sha256"], record["source_sha256"], record["dense"]
+            assert common.setdefault((record["config"]["task"], record["seed"]), facts) == facts
+    assert len(records) == len(list((HERE / "selection").glob("*.json")))
+    studies.write_table(records, tmp_path / "grid.md")
+    assert (tmp_path / "grid.md").read_text(encoding="utf-8") == written
+
+
 def test_pages_are_current():
     """The tables are what report.py makes of the records, the code and the tests, and each of them
     stands in one page."""
