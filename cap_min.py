@@ -1243,10 +1243,12 @@ def label_order(labels, words):
     labels, words = [label.lower() for label in labels], [word.lower() for word in words]
     if not labels or not words:
         return list(range(max(1, len(words))))
+    # as wholes
     for form in ("{word}", "{i}", "label_{i}"):
         wanted = [form.format(i=i, word=word) for i, word in enumerate(words)]
         if sorted(wanted) == sorted(labels):
             return [labels.index(label) for label in wanted]
+    # by their beginnings, each of which must fit one word alone
     order = []
     for word in words:
         fit = [i for i, label in enumerate(labels) if len(label) > 2 and word.startswith(label)]

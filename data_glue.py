@@ -116,11 +116,12 @@ def read_examples(task, path):
     if isinstance(task.label, str):
         number, header = next(rows, (1, []))
         for i, column in enumerate(columns):
-            if column is not None and column not in header:
+            if column is None:
+                continue
+            if column not in header:
                 raise ValueError(f"{path}, line {number}: no column {column!r}, only "
                                  f"{str(header):.300}")
-            if column is not None:
-                columns[i] = header.index(column)
+            columns[i] = header.index(column)
     # a row each, but for those without a label
     text_a, text_b, label = columns
     examples = []
@@ -389,9 +390,8 @@ def encode_task(examples, tokenizer, max_length=128):
         first.append(token_type_ids.count(0))
     lengths = torch.tensor(lengths)
     labels = torch.tensor([example.label for example in examples])
-    starts = lengths.cumsum(0) - lengths
-    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), starts, lengths,
-                   torch.tensor(first), labels)
+    return Encoded(torch.frombuffer(tokens, dtype=torch.int32), lengths.cumsum(0) - lengths,
+                   lengths, torch.tensor(first), labels)
 
 
 def inputs(batch):
