@@ -1393,7 +1393,7 @@ def main(argv=None):
         cap(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         lines = (str(error) or "out of memory").splitlines()
-        print("error:", lines[0], file=sys.stderr)
+        sys.stderr.write(f"error: {lines[0]}\n")  # in one go, if several processes have one to tell
         return 2
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from what was saved last")

@@ -1270,7 +1270,7 @@ def test_two_machines(shared, pretrained, glue, tmp_path, capfd):
     if not shared:
         folder = tmp_path / "1" / "run"
         assert status[1] != 0
-        assert f"error: {folder} is not the folder that process 0" in capfd.readouterr().err
+        assert f"{folder} is not the folder that process 0 writes to" in capfd.readouterr().err
         return
     assert status == [0, 0]
     record = record_of(tmp_path / "run")
