@@ -1285,9 +1285,10 @@ def check_teacher(teacher, args, dense):
     """ValueError if a model without label words does far worse than chance: its LABEL_0 is another
     class than that of the task."""
     words, labels = TASKS[args.task].words, teacher.config.id2label or {0: "LABEL_0"}
-    if labels[0] == "LABEL_0" and dense.get("accuracy", 1.0) < 0.8 / max(1, len(words)):
+    unnamed = "LABEL_0" in labels.values()
+    if unnamed and dense.get("accuracy", 1.0) < 0.8 / max(1, len(words)):
         raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its "
-                         f"config.json an id2label with the words {words} in the order of its outputs")
+                         f"config.json an id2label, the words {words} in the order of its outputs")
 
 
 def tune_cpu():

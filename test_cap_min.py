@@ -1376,7 +1376,7 @@ def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypa
     save_pretrained(teacher, tmp_path / "teacher")
     out = tmp_path / "run"
     assert main(command(out, "movement", "--teacher", str(tmp_path / "teacher"))) == 2
-    assert "an id2label with the words ['negative', 'positive']" in capsys.readouterr().err
+    assert "an id2label, the words ['negative', 'positive'] in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, sentence", [
