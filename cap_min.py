@@ -585,10 +585,10 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             if to_log:
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
-                entry = {"step": first * steps + step, "epoch": run.epoch,
-                         "kept": 1 - sparsity_report(model)["total"], "lr": args.lr * factor,
-                         "loss": sum(values.values()), **values, "gradient_share": shares,
-                         "ms": round(1000 * seconds, 1),
+                kept = 1 - sparsity_report(model)["total"]
+                entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
+                         "lr": args.lr * factor, "loss": sum(values.values()), **values,
+                         "gradient_share": shares, "ms": round(1000 * seconds, 1),
                          "examples_per_second": round(args.batch_size / seconds, 1)}
                 run.log(**entry)
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
@@ -598,11 +598,11 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1)
+            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1, kept)
     run.save(model, optimizer)
 
 
-def after_epoch(run, model, data, ancestors, dev_sets, step):
+def after_epoch(run, model, data, ancestors, dev_sets, step, kept):
     """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
     last epoch; and a dev score."""
     args, epochs = run.args, pruning_epochs(run.args)
@@ -611,7 +611,6 @@ def after_epoch(run, model, data, ancestors, dev_sets, step):
         add_snapshot(run, model, data, ancestors)
     scores = evaluate(model, args.task, dev_sets, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
-    kept = 1 - sparsity_report(model)["total"]
     run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
 
 
