@@ -100,25 +100,22 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample gives two numbers, between which is the k-th largest
+    # a sorted sample gives two numbers, between which the k-th largest is to be searched
     sample = np.sort(row[::127])
     fraction = k / len(row)
     middle = int(len(sample) * (1 - fraction))
     reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
     low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
-    # what is larger is kept, and only what lies between has to be searched
-    mask = row > high
-    missing = k - np.count_nonzero(mask)
-    between = np.flatnonzero(mask ^ (row >= low))
-    if not 0 < missing <= len(between):  # the sample misled: search all
-        mask[:] = False
-        missing, between = k, np.arange(len(row))
+    above = row > high
+    between, missing = row[~above & (row >= low)], k - np.count_nonzero(above)
+    if not 0 < missing <= len(between):  # the sample misled
+        between, missing = row, k
+    threshold = np.partition(between, -missing)[-missing]
     # of what is equal to it, the first by index
-    values = row[between]
-    threshold = np.partition(values, -missing)[-missing]
-    above, ties = between[values > threshold], between[values == threshold]
-    mask[above] = True
-    mask[ties[:missing - len(above)]] = True
+    mask = row >= threshold
+    surplus = np.count_nonzero(mask) - k
+    if surplus > 0:
+        mask[np.flatnonzero(row == threshold)[-surplus:]] = False
     return mask
 
 
@@ -414,12 +411,6 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
     return temperature ** 2 * divergence  # last term of eq. (8)
 
 
-def draw_extra(chance, size, args, device):
-    """E: rows of a training set of `size`, drawn without replacement; all, if it has no more."""
-    rows = chance.choice(size, min(args.extra, size), replace=False)
-    return sent(torch.from_numpy(rows), device)
-
-
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
 
@@ -466,7 +457,7 @@ def gradient_shares(terms, pooled):
 
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 END_OF_LINE = "\r" if sys.stdout.isatty() else "\n"  # on a terminal the step line is rewritten
-TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs at most
+TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs
 EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
 
 
@@ -480,17 +471,6 @@ def stages(args):
 
 def pruning_epochs(args):
     return args.epochs * len(stages(args))
-
-
-def teacher_epochs(args):
-    return min(TEACHER_EPOCHS, pruning_epochs(args))
-
-
-def epochs_of_stage(args, stage):
-    """(first epoch of a stage, first one after it): the teacher's, or those of pruning."""
-    if stage == TEACHER:
-        return 0, teacher_epochs(args)
-    return stage * args.epochs, (stage + 1) * args.epochs
 
 
 def make_optimizer(model, args):
@@ -513,13 +493,22 @@ def randomness(*position):
     return chance
 
 
-def forward(model, batch, dtype):
-    """(logits (B, L), pooled (B, D), this process's rows of pooled (b, D)), the first two fp32. Of
-    several processes each computes its own part of the batch and has the rest from the others."""
-    size, device = len(batch["index"]), batch["index"].device
-    with autocast(device, dtype):
-        logits, pooled = model(*inputs(own_part(batch)))
-    return gather(logits.float(), size), gather(pooled.float(), size), pooled
+def batch_terms(model, batch, ancestors, chance, args):
+    """The weighted terms of eq. (8), or without ancestors the cross-entropy alone, and the pooled
+    vectors (b, D) that the model gave. Of several processes each computes its own part of the
+    batch, and has what the others' models gave from them."""
+    labels = batch["labels"]
+    with autocast(labels.device, args.dtype):
+        logits, own_pooled = model(*inputs(own_part(batch)))
+    logits = gather(logits.float(), len(labels))  # (B, L)
+    if ancestors is None:
+        return {"ce": task_loss(logits, labels)}, own_pooled
+    pooled = gather(own_pooled.float(), len(labels))  # (B, D)
+    # E: rows of the training set; all, if it has no more
+    size = len(ancestors.labels)
+    rows = torch.from_numpy(chance.choice(size, min(args.extra, size), replace=False))
+    extra = sent(rows, labels.device)
+    return cap_terms(logits, pooled, batch, ancestors, extra, args), own_pooled
 
 
 def train(run, model, data, ancestors=None, dev_sets=None):
@@ -528,7 +517,10 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     finite, or a weight that would be saved. dev_sets: scored after each epoch of pruning."""
     args, device = run.args, model.classifier.weight.device
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
-    first, last = epochs_of_stage(args, run.stage)
+    first, last = 0, TEACHER_EPOCHS
+    if run.stage != TEACHER:
+        first = run.stage * args.epochs
+        last = first + args.epochs
     total = (last - first) * steps
     warmup = warmup_steps(args, total)
     warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
@@ -559,21 +551,16 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             # terms of the loss, eq. (8)
-            logits, pooled, own_pooled = forward(replica, batch, args.dtype)
-            if ancestors is None:
-                terms = {"ce": task_loss(logits, batch["labels"])}
-            else:
-                extra = draw_extra(chance, len(data), args, device)
-                terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
-                if args.method == "soft":
-                    terms["l1"] = soft_penalty(model, density, args)
+            terms, pooled = batch_terms(replica, batch, ancestors, chance, args)
+            if masked and args.method == "soft":
+                terms["l1"] = soft_penalty(model, density, args)
             # what is logged must be known before the graph is gone
             ends_epoch = run.batch == steps - 1
             to_log = step % LOG_EVERY == 0 or ends_epoch
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
                 check_finite(values.items(), step)
-                shares = gradient_shares(terms, own_pooled)
+                shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -679,9 +666,7 @@ def importance(run, model, data, ancestors):
     model.eval()
     for i, batch in enumerate(batches(data.to(device), args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
-        logits, pooled, _ = forward(model, batch, args.dtype)
-        extra = draw_extra(chance, len(data), args, device)
-        terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
+        terms, _ = batch_terms(model, batch, ancestors, chance, args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
         # its gradient for every unit
         for j, gradient in enumerate(gradients):
@@ -757,7 +742,7 @@ class Run:
     a stopped run needs, since all that is random in a step is a function of its position."""
 
     args: argparse.Namespace
-    train_sha256: str  # of the rows it is trained on
+    config: dict  # what decides its result
     stage: int = TEACHER  # or the index in `stages`
     epoch: int = 0  # of the teacher's, or of the pruning's in all its stages
     batch: int = 0  # the next one of the epoch
@@ -777,12 +762,11 @@ class Run:
     def begin(self):
         """Make the run folder, take over the position of a stopped run, if there is one, and cut
         its log to what it was when this was saved. ValueError if another process uses the folder,
-        or if what was saved is damaged or has other training rows."""
+        or if what was saved is damaged."""
         # its folder, for one run at a time
-        wait_for_all()  # else one could write before another has looked
         if rank() == 0:
             self.args.out.mkdir(parents=True, exist_ok=True)
-            write_json(run_config(self.args), self.args.out / "config.json")
+            write_json(self.config, self.args.out / "config.json")
             self.folder.mkdir(exist_ok=True)
             self.lock = locked(self.folder / "lock")
         wait_for_all()
@@ -794,9 +778,6 @@ class Run:
                 self.saved = torch.load(path, map_location="cpu", weights_only=True)
             except Exception:  # torch raises half a dozen types here
                 raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
-            if self.saved["position"]["train_sha256"] != self.train_sha256:
-                raise ValueError(f"{self.args.out} was begun with other training rows: choose "
-                                 "another --out")
             vars(self).update(self.saved["position"])
         # without what a kill has left half written
         wait_for_all()
@@ -820,8 +801,8 @@ class Run:
         self.layer_sizes = model.config.layer_sizes
         if rank() == 0:
             self.log_size = self.log_path.stat().st_size
-            position = dataclasses.asdict(self)
-            del position["args"]
+            position = {name: value for name, value in dataclasses.asdict(self).items()
+                        if name not in ("args", "config")}
             self.write("state", {"position": position, "model": model.state_dict(),
                                  "optimizer": optimizer.state_dict()})
         self.last_save = time.monotonic()
@@ -888,41 +869,42 @@ def wait_for_file(path):
                      "machines must share it")
 
 
-def run_config(args):
-    """The flags that decide what comes out, as JSON; paths are relative to this file."""
+PATHS = "model", "teacher", "data_dir"  # of what is known by its content
+
+
+def run_config(args, data, model, teacher):
+    """What decides the result of a run, as JSON: flags, training rows, and the weights of its
+    pre-trained model and of its teacher, if one is given."""
     config = {}
     for name, value in vars(args).items():
-        if name in ("model", "teacher", "data_dir") and value is not None:
-            path = Path(value).resolve()
-            if path.exists() and path.drive == HERE.drive:  # else it is the name of a model
-                value = os.path.relpath(path, HERE)
+        if name in PATHS and value is not None and Path(value).exists():  # else a model's name
+            value = str(Path(value).resolve())
         if name not in ("out", "device", "checkpoint_minutes"):
             config[name] = value
-    return config
+    weights = hashlib.sha256()
+    for module in (model.bert, teacher):
+        if module is not None:
+            for tensor in module.state_dict().values():
+                weights.update(tensor.cpu().numpy())
+    return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
 
 
-def finished_record(args):
-    """The record of the run that `args` ask for, if its folder holds it finished, else None. What
-    `args` leave open is settled as it was when the run began. ValueError if the folder is something
-    else, or of a run with another configuration."""
-    path = args.out / "config.json"
-    if not path.exists():
-        if args.out.is_file() or any(found.suffix != ".tmp" for found in args.out.glob("*")):
-            raise ValueError(f"{args.out} is no run folder: choose another --out")
-        return None
-    # the configuration it was begun with
-    before, differing = read_json(path), []
-    for name, value in run_config(args).items():
-        # what was left open then has been settled since
-        if value == "auto":
-            setattr(args, name, before.get(name))
-        elif value != before.get(name):
-            differing.append(name)
+def finished_record(run):
+    """The record of a run, if its folder holds it finished, else None. ValueError if the folder is
+    something else, or of a run with another configuration."""
+    out, differing = run.args.out, []
+    if (out / "config.json").exists():
+        before = read_json(out / "config.json")
+        for name, value in run.config.items():
+            if name not in PATHS and value != before.get(name):
+                differing.append(f"{name} {before.get(name)}")
+    elif out.is_file() or any(found.suffix != ".tmp" for found in out.glob("*")):
+        raise ValueError(f"{out} is no run folder: choose another --out")
     if differing:
-        raise ValueError(f"{args.out} belongs to another run ({', '.join(differing)} differ): "
-                         "choose another --out or delete it")
-    if (args.out / "record.json").exists():
-        return read_json(args.out / "record.json")
+        raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
+                         "another --out or delete it")
+    if (out / "record.json").exists():
+        return read_json(out / "record.json")
     return None
 
 
@@ -943,7 +925,7 @@ def make_record(run, model, data, dev_sets):
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
     speeds = {}
-    for phase, epochs in (("teacher", teacher_epochs(args)), ("prune", pruning_epochs(args))):
+    for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs(args))):
         if run.seconds[phase] > 0:  # a teacher may have been given
             speeds[phase] = round(len(data) * epochs / run.seconds[phase], 1)
     seconds = run.seconds | {"total": sum(run.seconds.values())}
@@ -956,36 +938,37 @@ def make_record(run, model, data, dev_sets):
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
     examples = {split: len(rows) for split, rows in {"train": data, **dev_sets}.items()}
-    return {"config": run_config(args), "seed": args.seed, "versions": versions,
-            "source_sha256": source.hexdigest(), "train_sha256": run.train_sha256,
+    return {"config": run.config, "seed": args.seed, "versions": versions,
+            "source_sha256": source.hexdigest(), "train_sha256": run.config["train_sha256"],
             "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
             "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
             "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
 
+CURVE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">
+<rect width="600" height="300" fill="white"/>
+<text x="60" y="24">kept: gray, dev {metric}: blue, dense {dense:.3f}: red, {steps} steps</text>
+<text x="40" y="44">1</text><text x="40" y="264">0</text>
+<g fill="none" stroke-width="0.005" transform="translate(60,260) scale(500,-220)">
+<path d="M0,1 V0 H1" stroke="gray"/><polyline points="{kept}" stroke="gray"/>
+<polyline points="{dev}" stroke="blue"/><path d="M0,{dense} H1" stroke="red"/></g></svg>
+"""
+
+
 def draw_curve(folder, dense):
     """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
-    metric, level = next(iter(dense.items()))
-    kept, scores = [], []
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = json.loads(lines[-1])["step"] + 1
+    metric, kept, dev = next(iter(dense)), "", ""
+    for line in lines:
         entry = json.loads(line)
-        if entry["phase"] == "prune" and "dev" in entry:
-            scores.append((entry["step"], entry["dev"][metric]))
-        elif entry["phase"] == "prune":
-            kept.append((entry["step"], entry["kept"]))
-    last = scores[-1][0]
-    curves = {"gray": kept, "blue": scores, "red": [(0, level), (last, level)]}
-    # a line for each, and what it means
-    lines = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-size="13">',
-             '<rect width="600" height="300" fill="white"/><path d="M60,40 V260 H560" fill="none" '
-             'stroke="gray"/><text x="40" y="264">0</text><text x="40" y="44">1</text>',
-             f'<text x="60" y="24">kept: gray, dev {metric}: blue, dense {level:.3f}: red, '
-             f'{last + 1} steps</text>']
-    for color, curve in curves.items():
-        points = " ".join(f"{60 + 500 * step / (last + 1):.1f},{260 - 220 * max(0, y):.1f}"
-                          for step, y in curve)  # Pearson's can be below 0
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}"/>')
-    (folder / "curve.svg").write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
+        if entry["phase"] == "prune":
+            x = (entry["step"] + 1) / steps
+            kept += f"{x},{entry['kept']} "
+            if "dev" in entry:
+                dev += f"{x},{entry['dev'][metric]} "
+    curve = CURVE.format(metric=metric, dense=dense[metric], steps=steps, kept=kept, dev=dev)
+    (folder / "curve.svg").write_text(curve, encoding="utf-8")
 
 
 def print_summary(args, record):
@@ -1178,7 +1161,6 @@ def parse(argv):
 
 def choose_device(args):
     """The device; settles --dtype. ValueError if the machine does not have it."""
-    # the device
     name = args.device
     if name == "auto":
         name = "cpu"
@@ -1187,16 +1169,14 @@ def choose_device(args):
     if name.startswith("cuda") and processes() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        probe = torch.zeros(1, device=name)
-        probe.cpu()
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {error}") from None
-    # the type of its matrix products
-    device = probe.device
+    # matrix products in bf16, where it is fast
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.dtype == "auto":
         args.dtype = "bf16" if has_bf16 else "fp32"
     return device
@@ -1235,38 +1215,51 @@ def load_data(args, tokenizer, config):
     return encoded.pop("train"), encoded
 
 
+def load_models(args):
+    """(tokenizer, pre-trained model, and the teacher if one is given)."""
+    source, teacher = model_folder(args.model), None
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(args.seed)  # of the new classifier
+    model = from_pretrained(source, max(1, len(TASKS[args.task].words)))
+    if args.teacher is not None:
+        teacher = load_fine_tuned(args.teacher, args, model.config)
+    return tokenizer, model, teacher
+
+
 def label_order(labels, words):
-    """[position of the label that stands for a word, for each of the task's words], or [] if they
-    do not fit: the words themselves in any case, their numbers, beginnings of words (neg, pos).
-    LABEL_0 and so on, or no labels at all, are trusted to be in order, and so is one output."""
-    labels, words = [label.lower() for label in labels], [word.lower() for word in words]
+    """The output that stands for each of the task's words, by the labels {output: label} of a
+    model; [] if not just one does. Without labels, and for one output, their order is trusted."""
     if not labels or not words:
         return list(range(max(1, len(words))))
-    # as wholes
-    for form in ("{word}", "{i}", "label_{i}"):
-        wanted = [form.format(i=i, word=word) for i, word in enumerate(words)]
-        if sorted(wanted) == sorted(labels):
-            return [labels.index(label) for label in wanted]
-    # by their beginnings, each of which must fit one word alone
-    order = []
-    for word in words:
-        fit = [i for i, label in enumerate(labels) if len(label) > 2 and word.startswith(label)]
-        if len(fit) != 1:
+    order, words = [], [word.lower() for word in words]
+    for i in range(len(words)):
+        outputs = [output for output, label in labels.items() if means(label.lower(), i, words)]
+        if len(outputs) != 1:
             return []
-        order += fit
-    return order if len(set(order)) == len(labels) else []
+        order += outputs
+    return order
+
+
+def means(label, i, words):
+    """Whether a label means word i: it is this word or, if it is none of them, the word's number
+    or its beginning (neg, pos)."""
+    if label in words:
+        return label == words[i]
+    if label in (str(i), f"label_{i}"):
+        return True
+    return len(label) > 2 and words[i].startswith(label)
 
 
 def load_fine_tuned(folder, args, config):
     """A model fine-tuned on the task, with its outputs in the order of the task's words. ValueError
-    if its labels are others. ValueError too if it reads other tokens than a model of `config`, or
-    has vectors of another width, which matters for FiC alone."""
+    if its labels are others, or if its inputs or, for FiC, its vectors are not those of a model of
+    `config`."""
     model, words = from_pretrained(folder, num_labels=None), TASKS[args.task].words
-    labels = model.config.id2label or {}
-    order = label_order([labels[i] for i in sorted(labels)], words)
-    if len(order) != model.config.num_labels:
-        raise ValueError(f"{folder}: its labels are {list(labels.values())}, those of {args.task} "
-                         f"are {words or 'one number'}")
+    labels = model.config.id2label
+    order = label_order(labels, words)
+    if sorted(order) != list(range(model.config.num_labels)):
+        raise ValueError(f"{folder}: its labels are {list((labels or {}).values())}, those of "
+                         f"{args.task} are {words or 'one number'}")
     for parameter in model.classifier.parameters():
         parameter.data = parameter.data[order]
     # its sizes
@@ -1280,14 +1273,13 @@ def load_fine_tuned(folder, args, config):
     return model
 
 
-def check_teacher(teacher, args, dense):
-    """ValueError if a model without label words does far worse than chance: its LABEL_0 is another
-    class than that of the task."""
-    words, labels = TASKS[args.task].words, teacher.config.id2label or {0: "LABEL_0"}
-    unnamed = "LABEL_0" in labels.values()
-    if unnamed and dense.get("accuracy", 1.0) < 0.8 / max(1, len(words)):
-        raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its "
-                         f"config.json an id2label, the words {words} in the order of its outputs")
+def check_teacher(args, dense):
+    """ValueError if a given teacher is far worse than chance: its outputs are other classes than
+    they are taken for."""
+    words = TASKS[args.task].words
+    if args.teacher is not None and dense.get("accuracy", 1) < 0.8 / max(1, len(words)):
+        raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config.json"
+                         f" an id2label, the words {words} in the order of its outputs")
 
 
 def tune_cpu():
@@ -1312,25 +1304,20 @@ def cap(args):
     if args.method in ("magnitude", "structured"):  # which have no scores
         args.score_init = "none"
     # the input: all of it is looked at before anything is written
-    record = finished_record(args)
+    device = choose_device(args)
+    tokenizer, model, teacher = load_models(args)
+    data, dev_sets = load_data(args, tokenizer, model.config)
+    settle_schedule(args, len(data))
+    run = Run(args, run_config(args, data, model, teacher))
+    record = finished_record(run)
     wait_for_all()  # else one could write before another has looked
     if record is not None:
-        shutil.rmtree(args.out / "checkpoint", ignore_errors=True)  # of a stop at the very end
+        shutil.rmtree(run.folder, ignore_errors=True)  # of a stop at the very end
         say(f"{args.out} is finished:")
         print_summary(args, record)
         return record
-    device = choose_device(args)
-    source = model_folder(args.model)
-    tokenizer = load_tokenizer(source)
-    torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(source, max(1, len(TASKS[args.task].words))).to(device)
-    config, teacher = model.config, None
-    if args.teacher is not None:
-        teacher = load_fine_tuned(args.teacher, args, config).to(device)
-    data, dev_sets = load_data(args, tokenizer, config)
-    settle_schedule(args, len(data))
-    run = Run(args, data.sha256())
     run.begin()
+    model.to(device)
     say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
         f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
     if run.saved is not None:
@@ -1344,9 +1331,9 @@ def cap(args):
             train(run, teacher, data)
             export(teacher, tokenizer, args.task, args.out / "teacher")
         run.enter("other")
-        run.dense = evaluate(teacher, args.task, dev_sets)
+        run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
-        check_teacher(teacher, args, run.dense)
+        check_teacher(args, run.dense)
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1372,7 +1359,7 @@ def cap(args):
 
     # the record, of the exported folder
     run.enter("other")
-    model = load_fine_tuned(args.out / "model", args, config).to(device)
+    model = load_fine_tuned(args.out / "model", args, model.config).to(device)
     record = make_record(run, model, data, dev_sets)
     if rank() == 0:
         draw_curve(args.out, run.dense)

@@ -328,7 +328,6 @@ def test_stages():
                              (0.95, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])):
         args = cap_min.parse(["--method", "structured", "--sparsity", str(sparsity)])
         assert cap_min.stages(args) == wanted
-        assert cap_min.teacher_epochs(args) == min(3, 2 * len(wanted))
     assert cap_min.stages(cap_min.parse(["--sparsity", "0.9"])) == [0.9]
 
 
@@ -490,7 +489,7 @@ def test_tiny_numbers_are_zero_in_all_threads():
 def toy_run(folder, *options):
     """A `Run` in its folder, at its start."""
     args = cap_min.parse(["--task", "sst2", "--dtype", "fp32", "--out", str(folder), *options])
-    run = Run(args, "")
+    run = Run(args, {})
     run.begin()
     return run
 
@@ -929,7 +928,7 @@ def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path,
     out = capsys.readouterr().out
     assert "is finished" in out and "412 weights" in out and "14/14" not in out
     assert main(command(finished, "movement", "--lr", "2e-3")) == 2
-    assert "(lr differ)" in capsys.readouterr().err
+    assert "another run, with lr 0.003: " in capsys.readouterr().err
     assert (finished / "record.json").stat().st_mtime_ns == before
 
 
@@ -956,7 +955,6 @@ def test_recipe(capsys):
     assert (stages.w_unsup, stages.w_sup, stages.kd_temperature) == (0.3, 4, 1)
     demo = cap_min.parse(["--max-length", "16"])
     assert (demo.task, demo.epochs, demo.max_length, demo.lr) == ("demo", 6, 16, 1e-3)
-    assert cap_min.run_config(demo)["model"] == "demo/model"
     both = cap_min.parse(["--method", "structured"])
     assert (both.epochs, both.batch_size, both.lr) == (2, 32, 1e-3)
     for wrong in ("--sparsity 1.0", "--sparsity nan", "--epochs 0", "--lr 0", "--seed -1",
@@ -1187,24 +1185,35 @@ def test_the_same_command_twice_at_once_is_refused(command, tmp_path, monkeypatc
     assert main(command(tmp_path)) == 0
 
 
-def test_a_damaged_state_and_other_rows_are_refused(command, glue, tmp_path, monkeypatch, capsys):
-    """After a stop, one label is changed: refused, until it is changed back. So is a state that is
-    cut short."""
+def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monkeypatch, capsys):
+    """After a stop, one label, or one weight, is changed: refused, until it is changed back; so is
+    a state that is cut short, and another number type. In other folders the same files are the
+    same run, which goes on and, once finished, is shown."""
     folder, out = shutil.copytree(glue, tmp_path / "glue"), tmp_path / "run"
-    options = command(out, "movement", "--data-dir", str(folder), "--max-train", "320")
+    bert = shutil.copytree(pretrained, tmp_path / "bert")
+    options = command(out, "movement", "--data-dir", str(folder), "--max-train", "320",
+                      "--model", str(bert))
     with monkeypatch.context() as patch:
         stop_at(patch, "export", 1)
         assert main(options) == 130
     assert "the same command goes on" in capsys.readouterr().out
     state, train = out / "checkpoint" / "state.pt", folder / "SST-2" / "train.tsv"
+    weights = bert / "model.safetensors"
+    other = bytearray(weights.read_bytes())
+    other[-300] += 1  # of the pooler's bias; the last 204 bytes are the classifier's
+    assert main([*options, "--dtype", "bf16"]) == 2
+    assert "with dtype fp32: choose" in capsys.readouterr().err
     for path, damaged, sentence in (
             (state, state.read_bytes()[:-100], f"error: {state} is damaged: delete {out}\n"),
-            (train, train.read_bytes()[:-2] + b"0\n", f"{out} was begun with other training rows")):
+            (train, train.read_bytes()[:-2] + b"0\n", "another run, with train_sha256 "),
+            (weights, other, "another run, with weights_sha256 ")):
         content = path.read_bytes()
         path.write_bytes(damaged)
         assert main(options) == 2 and sentence in capsys.readouterr().err
         path.write_bytes(content)
-    assert main(options) == 0 and "goes on after 2 epochs" in capsys.readouterr().out
+    moved = ["--data-dir", str(glue), "--model", str(pretrained), "--device", "auto"]
+    assert main([*options, *moved]) == 0 and "goes on after 3 epochs" in capsys.readouterr().out
+    assert main(options) == 0 and "is finished" in capsys.readouterr().out
 
 
 def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch):
@@ -1300,9 +1309,7 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
         cap_min.set_soft_masks(model, 0.3, 0.9, exact=False)
     else:
         set_masks(model, 0.3)
-    logits, pooled, _ = cap_min.forward(model, batch, "fp32")
-    extra = cap_min.draw_extra(np.random.default_rng(0), 10, args, meta)
-    terms = cap_terms(logits, pooled, batch, ancestors, extra, args)
+    terms, _ = cap_min.batch_terms(model, batch, ancestors, np.random.default_rng(0), args)
     terms["l1"] = cap_min.soft_penalty(model, 0.3, args)
     sum(terms.values()).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1347,9 +1354,10 @@ def test_labels_are_matched_to_words():
             (["no", "yes"], ["no", "yes"], [0, 1]), (["pos", "NEG"], ["neg", "Positive"], [1, 0]),
             (["sports", "sport"], ["sport", "sports"], [1, 0]), (["1", "0"], ["1", "0"], [0, 1]),
             (["1", "0"], ["Bad", "Good"], [1, 0]), (["a", "b"], ["bad", "good"], []),
+            (["goo", "good"], ["bad", "good"], []), (["ab", "abc"], ["abcd", "abce"], [1, 1]),
             (["LABEL_0", "LABEL_1"], ["bad", "good"], [0, 1]), ([], ["bad", "good"], [0, 1]),
             (["LABEL_0"], [], [0]), ([], [], [0]), (["bad", "bad"], ["bad", "good"], [])):
-        assert cap_min.label_order(labels, words) == order
+        assert cap_min.label_order(dict(enumerate(labels)), words) == order
 
 
 @pytest.mark.parametrize("labels", [["positive", "negative"], ["NEG", "pos"], ["1", "0"], None])
@@ -1382,7 +1390,7 @@ def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypa
 @pytest.mark.parametrize("name, content, sentence", [
     ("run", b"mine", "run is no run folder"), ("run/thesis.tex", b"mine", "run is no run folder"),
     ("run/config.json", b"[", "config.json: damaged, not a JSON file"),
-    ("run/config.json", b'{"hidden_size": 16}', "run belongs to another run (task, sparsity")])
+    ("run/config.json", b'{"hidden_size": 16}', "run belongs to another run, with task None")])
 def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, command, tmp_path,
                                                       capsys):
     """Nothing in it has changed, and nothing is new."""

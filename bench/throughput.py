@@ -78,7 +78,7 @@ def make_data(options):
 
 def begin(args, data):
     """A run at its start. It saves no state: a real one does so once in ten minutes."""
-    run = cap_min.Run(args, data.sha256())
+    run = cap_min.Run(args, {})
     run.save = lambda model, optimizer: None
     run.begin()
     return run
@@ -200,7 +200,7 @@ def prune_side(options, folder):
     gc.collect()  # that model is no part of the memory that is measured
     # all of it, while the parts of cap_min.train's steps are watched
     args.epochs, model = options.epochs, make_model(options).to(device)
-    spans = {"masks": watch(cap_min, "set_masks"), "forward": watch(cap_min, "forward"),
+    spans = {"masks": watch(cap_min, "set_masks"), "forward": watch(cap_min, "batch_terms"),
              "loss": watch(cap_min, "cap_terms"), "backward": watch(torch.Tensor, "backward"),
              "clipping": watch(torch.nn.utils, "clip_grad_norm_"),
              "Adam": watch(torch.optim.AdamW, "step")}
@@ -211,6 +211,7 @@ def prune_side(options, folder):
     steps = args.epochs * math.ceil(len(data) / args.batch_size)
     final = 3 * cap_min.warmup_steps(args, steps)
     parts = {name: median_ms(found[-final:]) for name, found in spans.items()}
+    parts["forward"] -= parts["loss"]  # which was watched within
     starts = [first for first, _ in spans["masks"][-final:]]
     parts["whole step"] = median_ms(itertools.pairwise(starts))
     # a snapshot beside the steps of an epoch: the training set was encoded twice for the banks, and
@@ -240,12 +241,12 @@ def pruning_phase(args, data, model):
 
 def contrastive_ms(args, data, ancestors, device):
     """Forward and backward of the contrastive terms, as in a step of the last epoch."""
-    chance, times = np.random.default_rng(0), []
+    times = []
     width = ancestors.banks["prc"][0].size(1)
     for batch in itertools.islice(batches(data.to(device), args.batch_size, 0), 30):
         pooled = torch.randn(len(batch["index"]), width, device=device, requires_grad=True)
         logits = ancestors.logits[batch["index"]]
-        extra = cap_min.draw_extra(chance, len(data), args, device)
+        extra = torch.randperm(len(data))[:args.extra].to(device)
         start = clock()
         terms = cap_min.cap_terms(logits, pooled, batch, ancestors, extra, args)
         del terms["ce"], terms["kd"]

@@ -37,7 +37,7 @@ def prepare(folder):
     model = from_pretrained(args.model, len(WORDS))
     data = encode_task(rows, load_tokenizer(args.model), args.max_length)
     cap_min.settle_schedule(args, ROWS)
-    run = cap_min.Run(args, data.sha256())
+    run = cap_min.Run(args, {})
     run.begin()
     # the teacher, and what it and the pre-trained model make of the rows
     teacher = copy.deepcopy(model)

@@ -45,7 +45,7 @@ def comparison(prefix):
 def setting(record):
     """What two runs that are compared must have in common."""
     config = {name: value for name, value in record["config"].items()
-              if name not in ("method", "without", "teacher", "score_init")}  # magnitude has none
+              if name not in ("method", "without", "teacher", "weights_sha256", "score_init")}
     return config, record["train_sha256"], record["source_sha256"], record["dense"]
 
 

@@ -136,11 +136,8 @@ def probe(run, args):
     # where its models lie
     try:
         run_config = read_json(run / "record.json")["config"]
-        teacher = run / "teacher"
-        if run_config["teacher"] is not None:
-            teacher = located(run_config["teacher"])
-        folders = {"pruned": run / "model", "dense": teacher,
-                   "pretrained": located(run_config["model"])}
+        folders = {"pruned": run / "model", "dense": run_config["teacher"] or run / "teacher",
+                   "pretrained": run_config["model"]}
         args.max_length = run_config["max_length"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no finished run with a record.json") from None
@@ -159,6 +156,7 @@ def probe(run, args):
         scores[name] = cap_min.evaluate(model, args.task, dev_sets)
         print(f"{name}, dev: {cap_min.show_scores(scores[name])}", flush=True)
     # the record
+    config = cap_min.run_config(args, data, models["pruned"], None)
     examples = {"train": len(data)}
     for split, dev in dev_sets.items():
         examples[split] = len(dev)
@@ -167,14 +165,10 @@ def probe(run, args):
     machine = f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
-    write_json({"run": run_config, "config": cap_min.run_config(args), "versions": versions,
-                "source_sha256": hashlib.sha256(source).hexdigest(), "train_sha256": data.sha256(),
-                "examples": examples, **scores}, run / f"probe_{args.task}.json")
-
-
-def located(name):
-    """The folder that a record calls `name`, relative to the project, or a model's name."""
-    return ROOT / name if (ROOT / name).exists() else name
+    write_json({"run": run_config, "config": config, "versions": versions,
+                "source_sha256": hashlib.sha256(source).hexdigest(),
+                "train_sha256": config["train_sha256"], "examples": examples, **scores},
+               run / f"probe_{args.task}.json")
 
 
 def fit_classifier(model, data):

@@ -135,7 +135,7 @@ def test_probe(compared, pretrained, glue, tmp_path, monkeypatch):
     assert record["examples"] == {"train": 88, "dev": 40}
     assert record["train_sha256"] == data.sha256()
     assert record["run"] == json.loads((run / "record.json").read_text())["config"]
-    assert record["config"]["data_dir"] == os.path.relpath(glue, HERE.parent)
+    assert record["config"]["data_dir"] == str(glue.resolve())
     assert {"versions", "source_sha256"} < record.keys()
 
 
