@@ -530,7 +530,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     else:  # a stop from here on leads back to here
         run.save(model, optimizer)
     replica = distribute(model)
-    masked = any(isinstance(module, Mask) for module in model.modules())
+    masked = run.stage != TEACHER and args.method != "structured"
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
@@ -1093,7 +1093,7 @@ FLAGS = {
         ("--seed", 0, number(int, 0), "of everything random"),
     ],
     "training": [
-        ("--epochs", 10, whole_number, "of pruning, or of each stage; the teacher: at most 3"),
+        ("--epochs", 10, whole_number, "of pruning, or of each stage; a teacher has 3"),
         ("--batch-size", 32, whole_number, "examples a step"),
         ("--lr", 3e-5, positive, "peak learning rate of weights"),
         ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),

@@ -982,7 +982,9 @@ def test_gradient_shares_in_bf16(vocab, tmp_path):
     run.stage = 0
     banks = {name: [to_bank(torch.randn(10, 16))] for name in ("prc", "fic")}
     ancestors = Ancestors(banks, torch.randn(10, 2), data.labels)
-    cap_min.train(run, BertClassifier(TINY), data, ancestors, {"dev": data})
+    model = BertClassifier(TINY)
+    add_masks(model, "zero")
+    cap_min.train(run, model, data, ancestors, {"dev": data})
     for line in log_of(tmp_path)[::2]:
         assert len(line["gradient_share"]) == 4 and min(line["gradient_share"].values()) > 0
 

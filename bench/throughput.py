@@ -169,7 +169,7 @@ def dense_side(options, folder):
     """The same by cap_min.train, as a teacher is fine-tuned, but with the embeddings frozen."""
     cap_min.tune_cpu()
     (args, device), data = settle(options, folder), make_data(options)
-    args.epochs = 1
+    cap_min.TEACHER_EPOCHS = 1
     model = make_model(options).to(device)
     model.bert.embeddings.requires_grad_(False)
 

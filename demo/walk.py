@@ -28,7 +28,7 @@ TITLES = {"prc": "PrC", "snc": "SnC", "fic": "FiC", "ce": "cross-entropy", "kd":
 
 def prepare(folder):
     """Everything that is there before the step: (args, rows, data, masked model, ancestors). The
-    teacher has seen the rows twice, the model once, still with all its weights."""
+    teacher has seen the rows three times, the model once, with all its weights."""
     args = cap_min.parse(["--device", "cpu", "--dtype", "fp32", "--epochs", "2", "--sparsity", "0",
                           "--out", folder])
     device = cap_min.choose_device(args)
@@ -238,7 +238,7 @@ def walk():
         for facts about animals, which the pre-training corpus told
         ([make_demo.py](make_demo.py)):""")
     before = paragraph(f"""Before the step there are the pre-trained model, a teacher fine-tuned for
-        two epochs, and a snapshot of the model itself after its first epoch, still with all
+        three epochs, and a snapshot of the model itself after its first epoch, still with all
         weights. Each has encoded all rows once; these unit vectors are the banks PrC, FiC and SnC.
         Now the model is to be trained with {100 * DENSITY:g} % of its weights. (A run prunes in
         small steps, and has dropout on.) Every number is printed by `python demo/walk.py`, and a
