@@ -5,6 +5,8 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           CAP, its ablations and plain pruning on equal data and budget: OUT/compare.md
       python results/studies.py probe RUN --task rte
           what the encoders of a finished run know of another task: RUN/probe_rte.json
+      python results/studies.py geometry RUN
+          what the contrastive losses ask for, at the ancestors of a finished run: RUN/geometry.json
       python results/studies.py grid LIST --jobs 2 --minutes 170 --out FOLDER
           any runs, several at once: FOLDER/grid.md
       python results/studies.py hold-out --task sst2 --data-dir GLUE --rows 8000 --out FOLDER
@@ -39,6 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -160,15 +163,19 @@ def probe(run, args):
     examples = {"train": len(data)}
     for split, dev in dev_sets.items():
         examples[split] = len(dev)
+    write_json({"run": run_config, "config": config, **origin(device),
+                "train_sha256": config["train_sha256"], "examples": examples, **scores},
+               run / f"probe_{args.task}.json")
+
+
+def origin(device):
+    """What made a record: versions, machine and source."""
     source = b"".join((ROOT / name).read_bytes() for name in (
         "bert_min.py", "data_glue.py", "cap_min.py", "results/studies.py"))
     machine = f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
-    write_json({"run": run_config, "config": config, "versions": versions,
-                "source_sha256": hashlib.sha256(source).hexdigest(),
-                "train_sha256": config["train_sha256"], "examples": examples, **scores},
-               run / f"probe_{args.task}.json")
+    return {"versions": versions, "source_sha256": hashlib.sha256(source).hexdigest()}
 
 
 def fit_classifier(model, data):
@@ -189,6 +196,77 @@ def fit_classifier(model, data):
         return value
 
     optimizer.step(loss)
+
+
+# -------------------------------------------------------------------------- geometry
+
+
+def geometry(run, device):
+    """What eq. (5) to (7) ask of a model that still is what an ancestor was, to RUN/geometry.json:
+    see `facts`, for the pre-trained model and the teacher of a finished run, as their banks are,
+    and with the mean of each bank's vectors taken off. Nothing is trained."""
+    try:
+        config = read_json(run / "record.json")["config"]
+        folders = {"prc": config["model"], "fic": config["teacher"] or run / "teacher"}
+        args = argparse.Namespace(**config | {"device": device, "max_train": 32 + config["extra"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is no finished run with a record.json") from None
+    device = cap_min.choose_device(args)
+    classes, found = max(1, len(TASKS[args.task].words)), {}
+    for name, folder in folders.items():
+        torch.manual_seed(args.seed)  # of a pooler, where there is none
+        model = from_pretrained(cap_min.model_folder(folder), classes).to(device)
+        if not found:
+            data, _ = cap_min.load_data(args, load_tokenizer(run / "model"), model.config)
+        pooled, labels = cap_min.encode(model, data), data.labels.round().to(device)
+        found[name] = facts(pooled, labels, args)
+        found[f"{name}, mean taken off"] = facts(pooled - pooled.mean(0), labels, args)
+        print(name, found[name], flush=True)
+    write_json({"config": config, **origin(device), "train_sha256": data.sha256(),
+                "examples": len(data), "banks": found}, run / "geometry.json")
+
+
+def facts(pooled, labels, args):
+    """Figures of one bank, whose vectors (N, D), not yet of length 1, are `pooled`. The first 32
+    examples are the batch, of a model that gives just these vectors; all others are drawn.
+
+    mean_cosine: of two different examples. loss, best_loss: L^u there, and at the vectors that
+    minimise it, whose cosine to the ancestor's is best_cosine. supervised: how large the gradient
+    of w_s L^s is beside that of w_u L^u, in both norms; "supcon" with a tenth of w_s. snapshots:
+    the gradient of both together from a bank of K = 1 to 9 such ancestors."""
+    bank = F.normalize(pooled, dim=-1)
+    index, extra = torch.arange(32), torch.arange(32, len(bank))
+    index, extra = index.to(bank.device), extra.to(bank.device)
+
+    def losses(queries, count=1, norm=args.norm):
+        return cap_min.contrastive_loss(queries, index, labels[:32], [bank] * count, labels,
+                                        extra[:args.extra // count], args.temperature, norm)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, anchors, retain_graph=True)[0].norm().item()
+
+    anchors = bank[:32].clone().requires_grad_()
+    size = len(bank)
+    others = (bank.sum(0).square().sum() - size) / (size * (size - 1))
+    found = {"mean_cosine": others.item(), "supervised": {}, "snapshots": []}
+    for norm, w_sup in (("official", args.w_sup), ("supcon", args.w_sup / 10)):
+        unsup, sup = losses(anchors, norm=norm)
+        found["supervised"][norm] = gradient(w_sup * sup) / gradient(args.w_unsup * unsup)
+    for count in range(1, 10):
+        unsup, sup = losses(anchors, count)
+        found["snapshots"].append(gradient(args.w_unsup * unsup + args.w_sup * sup))
+    # the best vectors, by Adam
+    found["loss"] = losses(anchors)[0].item()
+    best = bank[:32].clone().requires_grad_()
+    optimizer = torch.optim.Adam([best], lr=0.01)
+    for _ in range(500):
+        loss = losses(best)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found["best_loss"] = loss.item()
+    found["best_cosine"] = F.cosine_similarity(best, bank[:32]).mean().item()
+    return found
 
 
 # -------------------------------------------------------------------------- hold-out
@@ -362,6 +440,9 @@ def main(argv=None):
     add("--data-dir", help="folder with the task's folder; None: downloaded")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--max-train", type=cap_min.number(int, 1), help="training rows; None: all")
+    add = studies.add_parser("geometry", help="what the losses ask for").add_argument
+    add("run", type=Path, help="folder of a finished run")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add = studies.add_parser("grid", help="a list of runs, several at once").add_argument
     add("list", type=Path, help="file with the options of one run a line")
     add("--jobs", type=cap_min.number(int, 1), default=1, help="runs at once")
@@ -388,6 +469,8 @@ def main(argv=None):
             run = args.run
             del args.run, args.study  # what is left is the probe's configuration
             probe(run, args)
+        elif args.study == "geometry":
+            geometry(args.run, args.device)
         elif args.study == "hold-out":
             hold_out(args.task, args.data_dir, args.rows, args.out)
         else:

@@ -4,6 +4,7 @@ Run:  python -m pytest -q results/test_studies.py"""
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -168,6 +169,38 @@ def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
     assert studies.main(["probe", str(run), *options]) == 2
     out, error = capsys.readouterr()
     assert "gone: no such folder" in error and "dev:" not in out
+
+
+# -------------------------------------------------------------------------- geometry
+
+
+def test_geometry_of_orthogonal_vectors():
+    """64 examples at right angles: each of the 32 anchors has similarity 1 to itself in the bank,
+    0 to the other 63 there and to the 31 other anchors: L^u = log(1 + 94 e^-10). To move from there
+    gains next to nothing. All labels differ, so that L^s is the same: its share is 10 / 0.1, with
+    supcon 1 / 0.1; two ancestors halve the loss by (7), and share the candidates. With a vector
+    added to all, the mean cosine is 4 / (1 + 4), and the best model is farther away."""
+    args = cap_min.parse(["--extra", "32"])
+    pooled, labels = torch.eye(64), torch.arange(64)
+    found = studies.facts(pooled, labels, args)
+    assert found["mean_cosine"] == pytest.approx(0, abs=1e-6)
+    assert found["loss"] == pytest.approx(math.log(1 + 94 * math.exp(-10)), rel=1e-3)
+    assert 0 < found["best_loss"] <= found["loss"] and found["best_cosine"] > 0.99
+    assert found["supervised"] == pytest.approx({"official": 100, "supcon": 10}, rel=1e-3)
+    one, two, *_ = found["snapshots"]
+    assert two / one == pytest.approx(0.5, abs=0.15)
+    common = torch.nn.functional.pad(pooled, (0, 1), value=2.0)
+    assert studies.facts(common, labels, args)["mean_cosine"] == pytest.approx(0.8)
+    assert studies.facts(common, labels, args)["best_cosine"] < 0.9
+
+
+def test_geometry(compared):
+    """Both ancestors of a run, each as it is and with its mean taken off."""
+    run = compared[0] / "movement-kd-seed0"
+    assert studies.main(["geometry", str(run), "--device", "cpu"]) == 0
+    record = json.loads((run / "geometry.json").read_text())
+    assert list(record["banks"]) == ["prc", "prc, mean taken off", "fic", "fic, mean taken off"]
+    assert record["examples"] == 88 and {"versions", "source_sha256"} < record.keys()
 
 
 # -------------------------------------------------------------------------- hold-out
