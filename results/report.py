@@ -2,7 +2,7 @@
 folder, the code and the tests.
 
 Run:  python results/report.py             rewrites the three pages in place
-      python results/report.py --picture   draws demo.svg too (needs matplotlib)
+      python results/report.py --picture   draws demo.svg and geometry.svg too (needs matplotlib)
 
 In a page, what lies between `<!-- NAME -->` and `<!-- end -->` is made by the function
 TABLES[NAME].
@@ -100,8 +100,6 @@ def demo_table():
 
 def draw_demo():
     """results/demo.svg: a dot for each seed, a line at the mean."""
-    import matplotlib
-    matplotlib.rcParams["svg.hashsalt"] = "demo"
     from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(8, 3.6))
     found = comparison("demo/")
@@ -120,8 +118,43 @@ def draw_demo():
     axis.set_ylabel("dev accuracy, %")
     axis.grid(axis="y", alpha=0.3)
     axis.legend(loc="lower right", fontsize=8)
+    save(figure, "demo.svg")
+
+
+def save(figure, name):
+    """A picture whose file is the same whenever it is drawn."""
+    import matplotlib
+    matplotlib.rcParams["svg.hashsalt"] = name
     figure.tight_layout()
-    figure.savefig(HERE / "demo.svg", metadata={"Date": None})
+    figure.savefig(HERE / name, metadata={"Date": None})
+
+
+def draw_geometry():
+    """results/geometry.svg: what the losses ask of a model that still is what its ancestor was."""
+    from matplotlib import pyplot
+    figure, (losses, cosines, snapshots) = pyplot.subplots(1, 3, figsize=(10, 3.2))
+    names = []
+    for path in sorted(HERE.glob("geometry-*.json")):
+        task = path.stem.removeprefix("geometry-")
+        for bank, found in read_json(path)["banks"].items():
+            height = -len(names)
+            names.append(f"{task}, {bank.replace('prc', 'PrC').replace('fic', 'FiC')}")
+            losses.plot([found["best_loss"], found["loss"]], [height, height], "-", color="gray")
+            losses.plot(found["loss"], height, "o", color="tab:red")
+            losses.plot(found["best_loss"], height, "o", color="tab:green")
+            cosines.barh(height, found["best_cosine"], color="tab:green")
+            if "mean" not in bank:
+                snapshots.plot(range(1, 10), found["snapshots"], label=names[-1])
+    losses.set_yticks(range(0, -len(names), -1), names, fontsize=8)
+    losses.set_title("loss: now (red), at best (green)", fontsize=9)
+    cosines.set_yticks([])
+    cosines.set_xlim(0, 1)
+    cosines.set_title("cosine of the best to the ancestor", fontsize=9)
+    snapshots.set_xlabel("snapshots K", fontsize=8)
+    snapshots.set_yscale("log")
+    snapshots.legend(fontsize=7)
+    snapshots.set_title("gradient of such a bank", fontsize=9)
+    save(figure, "geometry.svg")
 
 
 # ------------------------------------------------------------------------------ GLUE
@@ -312,5 +345,6 @@ def render():
 if __name__ == "__main__":
     if "--picture" in sys.argv:
         draw_demo()
+        draw_geometry()
     for path, text in render().items():
         path.write_text(text, encoding="utf-8")
