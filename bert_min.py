@@ -1,5 +1,5 @@
 """BERT for sequence classification, small enough to read in one sitting: the model, and its weights
-in and out of Hugging Face's format (config.json, model.safetensors). Torch and numpy are needed.
+in and out of Hugging Face's format (config.json, model.safetensors).
 
 Paper:  Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers" (arXiv 1810.04805).
 Use:    from bert_min import from_pretrained, save_pretrained
@@ -10,23 +10,20 @@ Symbols in the shape comments
     B  examples in a batch          D  hidden_size           F  intermediate_size
     T  tokens in the longest one    H  attention heads       L  num_labels
     Q  queries: T, or 1 where the last layer computes [CLS] alone
-Module names follow Hugging Face's, so that `state_dict()` has the names of
-`BertForSequenceClassification` and files go both ways without a translation table.
+Modules are named as in `BertForSequenceClassification`, so that files go both ways untranslated.
 """
 
 import contextlib
 import copy
 import dataclasses
-import http.client
+import functools
 import json
 import math
 import os
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,7 +34,7 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 # ---------------------------------------------------------------------------- config
 
 
-@dataclass
+@dataclasses.dataclass
 class BertConfig:
     """Sizes and rates under Hugging Face's field names; the defaults are BERT-base's."""
 
@@ -61,17 +58,17 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, path):
-        """The configuration in a Hugging Face config.json. ValueError where it is malformed or not
-        that of a plain BERT."""
-        wanted = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        raw = {key: value for key, value in read_json(path).items() if value is not None}
-        if raw.get("hidden_act") == "gelu_python":  # the same function
-            raw["hidden_act"] = "gelu"
-        for key, value in wanted.items():
-            if raw.get(key, value) != value:
-                raise ValueError(f"{path}: {key} is {raw[key]!r:.99}, only {value!r} is known here")
-        known = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in raw.items() if key in known})
+        """The configuration in a Hugging Face config.json, where null stands for the default.
+        ValueError where it is malformed or not that of a plain BERT."""
+        raw, config = read_json(path), cls()
+        known = {"model_type": ["bert"], "hidden_act": ["gelu", "gelu_python"],  # the same function
+                 "position_embedding_type": ["absolute"]}
+        for key, values in known.items():
+            if raw.get(key) not in (None, *values):
+                raise ValueError(f"{path}: {key} is {raw[key]!r:.99}, not {values[0]!r}")
+        for name in vars(config):
+            if raw.get(name) is not None:
+                setattr(config, name, raw[name])
         # classes are counted by their words, whose numbers JSON has as strings
         if config.id2label:
             try:
@@ -84,14 +81,11 @@ class BertConfig:
     def to_json(self, path):
         """Write a config.json that transformers reads as a `BertForSequenceClassification`."""
         raw = dataclasses.asdict(self)
-        if self.layer_sizes is None:
-            del raw["layer_sizes"]
-        count = raw.pop("num_labels")  # transformers counts id2label instead
         # what transformers wants beside the fields
-        labels = self.id2label or {i: f"LABEL_{i}" for i in range(count)}
+        labels = self.id2label or {i: f"LABEL_{i}" for i in range(self.num_labels)}
         raw.update(id2label=labels, label2id={word: i for i, word in labels.items()},
                    architectures=["BertForSequenceClassification"], model_type="bert")
-        if count == 1:
+        if self.num_labels == 1:
             raw["problem_type"] = "regression"  # else transformers' pipeline takes a sigmoid
         write_json(raw, path)
 
@@ -99,21 +93,17 @@ class BertConfig:
 # ------------------------------------------------------------------------ embeddings
 
 
-class Dropout(nn.Module):
-    """F.dropout; on the CPU with 16 random bits an element, drawn 4 at a time: 3 times as fast."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
+class Dropout(nn.Dropout):
+    """Dropout with 16 random bits an element on a CPU, drawn 4 at a time: 3 times as fast."""
 
     def forward(self, x):
-        if not self.training or self.rate in (0, 1) or x.device.type != "cpu":
-            return F.dropout(x, self.rate, self.training)
-        # dropped if its 16-bit number, -2^15 to 2^15 - 1, is among the lowest rate * 2^16
+        if not self.training or self.p in (0, 1) or x.device.type != "cpu":
+            return super().forward(x)
+        # dropped if its 16-bit number, -2^15 to 2^15 - 1, is among the lowest p * 2^16
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
         bits = bits.view(torch.int16)[:x.numel()].view_as(x)
-        keep = bits.ge_(round(self.rate * 2 ** 16) - 2 ** 15)  # 1 or 0
-        return x * keep.to(x.dtype).div_(1 - self.rate)
+        keep = bits.ge_(round(self.p * 2 ** 16) - 2 ** 15)  # 1 or 0
+        return x * keep.to(x.dtype).div_(1 - self.p)
 
 
 class Embeddings(nn.Module):
@@ -125,13 +115,13 @@ class Embeddings(nn.Module):
                                             padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids):
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)  # (T,)
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(x + self.position_embeddings(positions)))  # (B, T, D)
+        positions = self.position_embeddings.weight[:input_ids.size(1)]  # (T, D)
+        return self.dropout(self.LayerNorm(x + positions))  # (B, T, D)
 
 
 # ------------------------------------------------------------------------- attention
@@ -150,18 +140,15 @@ class SelfAttention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, key_mask, queries):
-        # of each head
-        q = self.query(queries).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, Q, D/H)
-        k = self.key(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
-        v = self.value(x).unflatten(-1, self.shape).transpose(1, 2)  # (B, H, T, D/H)
+        q = self.query(queries).unflatten(2, self.shape).transpose(1, 2)  # (B, H, Q, D/H)
+        k = self.key(x).unflatten(2, self.shape).transpose(1, 2)  # (B, H, T, D/H)
+        v = self.value(x).unflatten(2, self.shape).transpose(1, 2)  # (B, H, T, D/H)
         if x.device.type == "cpu":
             # written out: here the fused kernel takes up to 10 times as long, backward included
-            scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-1, -2)  # (B, H, Q, T)
-            if key_mask is not None:
-                scores = scores + key_mask
+            scores = (q / math.sqrt(q.size(-1))) @ k.mT + key_mask  # (B, H, Q, T)
             x = self.dropout(scores.softmax(-1).to(v.dtype)) @ v  # (B, H, Q, D/H)
         else:
-            rate = self.dropout.rate if self.training else 0.0
+            rate = self.dropout.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, key_mask, rate)  # (B, H, Q, D/H)
         return x.transpose(1, 2).flatten(2)  # (B, Q, D)
 
@@ -173,7 +160,7 @@ class ProjectAddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(in_size, config.hidden_size)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x, residual):
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (B, T, D)
@@ -189,9 +176,8 @@ class Layer(nn.Module):
         super().__init__()
         attention = SelfAttention(config, heads)
         self.attention = nn.ModuleDict({
-            "self": attention, "output": ProjectAddNorm(config, math.prod(attention.shape))})
-        wide = nn.Linear(config.hidden_size, neurons)
-        self.intermediate = nn.ModuleDict({"dense": wide})
+            "self": attention, "output": ProjectAddNorm(config, attention.query.out_features)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, neurons)})
         self.output = ProjectAddNorm(config, neurons)
 
     def forward(self, x, key_mask, queries):
@@ -217,13 +203,12 @@ class Bert(nn.Module):
         """input_ids (B,T) to hidden (B,T,D) and pooled (B,D). attention_mask: 1 = token,
         0 = padding (default: all 1). token_type_ids: 0 = first text, 1 = second (default: 0).
         cls_only: the last layer computes [CLS] alone, all that pooled needs: hidden is (B,1,D)."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        key_mask = None
-        if attention_mask is not None:
-            # what is added to similarities: 0 where a key is a token
-            padding = attention_mask[:, None, None] == 0  # (B, 1, 1, T)
-            key_mask = torch.where(padding, -torch.inf, 0.0)
+        # what is added to similarities: 0 where a key is a token
+        key_mask = torch.where(attention_mask[:, None, None] == 0, -torch.inf, 0.0)  # (B, 1, 1, T)
         # all layers but the last
         hidden = self.embeddings(input_ids, token_type_ids)  # (B, T, D)
         *layers, last = self.encoder["layer"]
@@ -267,80 +252,63 @@ class BertClassifier(nn.Module):
 SPARSE_DENSITY = 0.15  # a layer of a higher density is faster dense
 
 
-class SparseLinear(nn.Module):
-    """W x + b with W (out, in) in CSR, of one linear layer or of several, stacked. The product
-    reads rows of x (in, N), so activations are kept feature-major: a row for each feature."""
-
-    def __init__(self, *linears):
-        super().__init__()
-        csr = torch.cat([linear.weight.detach() for linear in linears]).to_sparse_csr()
-        # MKL wants 32-bit indices
-        rows, columns = csr.crow_indices().int(), csr.col_indices().int()
-        self.weight = torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape,
-                                              check_invariants=True)
-        self.bias = torch.cat([linear.bias.detach() for linear in linears])[:, None]
-
-    def forward(self, x):
-        return torch.addmm(self.bias, self.weight, x)  # (out, N)
+def sparse_linear(*linears):
+    """The function of x (in, N) that gives W x + b (out, N), with W in CSR, of one linear layer or
+    of several, stacked. It reads rows of x: activations are feature-major, one feature a row."""
+    csr = torch.cat([linear.weight for linear in linears]).to_sparse_csr()
+    # MKL wants 32-bit indices
+    rows, columns = csr.crow_indices().int(), csr.col_indices().int()
+    weight = torch.sparse_csr_tensor(rows, columns, csr.values(), csr.shape, check_invariants=True)
+    bias = torch.cat([linear.bias for linear in linears])[:, None]
+    return functools.partial(torch.addmm, bias, weight)
 
 
 class SparseLayer(nn.Module):
-    """What `Layer` computes in eval mode, with `SparseLinear`s; N = B T tokens, Q queries."""
+    """What `Layer` computes in eval mode, with `sparse_linear`; N = B T tokens, Q queries."""
 
     def __init__(self, layer):
         super().__init__()
         attention = layer.attention["self"]
         self.shape = attention.shape
-        self.query_key_value = SparseLinear(attention.query, attention.key, attention.value)
-        self.project = SparseLinear(layer.attention["output"].dense)
-        self.widen = SparseLinear(layer.intermediate["dense"])
-        self.narrow = SparseLinear(layer.output.dense)
+        self.query_key_value = sparse_linear(attention.query, attention.key, attention.value)
+        self.project = sparse_linear(layer.attention["output"].dense)
+        self.widen = sparse_linear(layer.intermediate["dense"])
+        self.narrow = sparse_linear(layer.output.dense)
         self.norms = layer.attention["output"].LayerNorm, layer.output.LayerNorm
 
     def forward(self, x, key_mask, queries):
         count, length, size = queries.shape  # B, Q, D
         # attention: queries, keys and values by one product
-        qkv = self.query_key_value(feature_major(x))  # (3 D, B T)
+        features = x.permute(2, 0, 1).contiguous()  # (D, B, T), no copy of what a SparseLayer made
+        qkv = self.query_key_value(features.flatten(1))  # (3 D, B T)
         qkv = qkv.view(3, *self.shape, count, x.size(1)).permute(0, 3, 1, 2, 4)
         q, k, v = qkv  # (B, H, D/H, T) each
-        q = q[..., :length].transpose(-1, -2) / math.sqrt(q.size(2))  # (B, H, Q, D/H)
-        # padded keys get no weight
-        scores = q @ k  # (B, H, Q, T)
-        if key_mask is not None and key_mask.any():
-            scores += key_mask
-        context = v @ scores.softmax(-1).transpose(-1, -2)  # (B, H, D/H, Q)
+        q = q[..., :length].mT / math.sqrt(q.size(2))  # (B, H, Q, D/H)
+        scores = (q @ k).add_(key_mask)  # (B, H, Q, T)
+        context = v @ scores.softmax(-1).mT  # (B, H, D/H, Q)
         context = context.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)  # (D, B Q)
-        x = norm_columns(feature_major(queries) + self.project(context), self.norms[0])
+        residual = features[..., :length].flatten(1)  # (D, B Q)
+        x = norm_columns(residual + self.project(context), self.norms[0])
         # feed-forward
         x = norm_columns(x + self.narrow(F.gelu(self.widen(x))), self.norms[1])
         return x.view(size, count, length).permute(1, 2, 0)  # (B, Q, D), still feature-major
 
 
-def feature_major(x):
-    """(B, T, D) to (D, B T), without a copy where a `SparseLayer` made x."""
-    return x.permute(2, 0, 1).flatten(1).contiguous()
-
-
 def norm_columns(x, norm):
-    """LayerNorm of the columns of x (D, N): a batch normalisation of D examples, for which no
-    transposition is needed."""
+    """LayerNorm of the columns of x (D, N), not transposed: as a batch norm over D examples."""
     x = F.batch_norm(x, None, None, training=True, eps=norm.eps)
     return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None])
 
 
 def to_sparse(model):
-    """A copy of a pruned `BertClassifier` for inference on the CPU, not to be saved or trained,
-    with the same forward: layers whose density is at most SPARSE_DENSITY compute with CSR matrices,
-    the others stay dense."""
+    """A copy of a pruned `BertClassifier` for inference on the CPU, not to be saved or trained. Its
+    forward is the same: layers of a density up to SPARSE_DENSITY compute with CSR matrices."""
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     layers = model.bert.encoder["layer"]
     for i, layer in enumerate(layers):
-        nonzero = total = 0
-        for module in layer.modules():
-            if isinstance(module, nn.Linear):
-                nonzero += int(module.weight.count_nonzero())
-                total += module.weight.numel()
-        if nonzero <= SPARSE_DENSITY * total:
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        weights = torch.cat([linear.weight.flatten() for linear in linears])
+        if int(weights.count_nonzero()) <= SPARSE_DENSITY * weights.numel():
             layers[i] = SparseLayer(layer)
     return model
 
@@ -350,16 +318,14 @@ def to_sparse(model):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
-HEADER_LIMIT = 10 ** 7  # bytes; BERT-base's header has 24,000
 
 REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
-HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 BERT_BASE_URL = f"{HUB}/google-bert/bert-base-uncased/resolve/{REVISION}"
 BERT_BASE_FILES = {  # name: SHA-256
     "config.json": "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
-}
+    "model.safetensors": "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"}
 
 
 def cache_folder():
@@ -376,10 +342,9 @@ def download(address, path, sha256):
     print(f"downloading {address}", flush=True)
     try:
         torch.hub.download_url_to_file(address, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # the second: another hash
-        reason = str(error).strip()
-        raise OSError(f"{address} could not be downloaded ({reason}); put the file at {path} by "
-                      "hand, or pass --model or --data-dir") from None
+    except Exception as error:  # urllib and torch raise half a dozen types here
+        raise OSError(f"{address} could not be downloaded ({str(error).strip()}); put the file at "
+                      f"{path} by hand, or pass --model or --data-dir") from None
     return path
 
 
@@ -389,8 +354,7 @@ def model_folder(path_or_name):
     if folder.is_dir():
         return folder
     if str(path_or_name).removeprefix("google-bert/") != "bert-base-uncased":
-        raise FileNotFoundError(f"{path_or_name}: no such folder (bert-base-uncased is the only "
-                                "model that is downloaded by name)")
+        raise FileNotFoundError(f"{path_or_name}: no such folder, nor the name bert-base-uncased")
     folder = cache_folder() / "bert-base-uncased"
     for name, sha256 in BERT_BASE_FILES.items():
         download(f"{BERT_BASE_URL}/{name}", folder / name, sha256)
@@ -398,15 +362,11 @@ def model_folder(path_or_name):
 
 
 def from_pretrained(path_or_name, num_labels=2):
-    """A `BertClassifier` from a folder (config.json with model.safetensors or pytorch_model.bin)
-    or by the name `bert-base-uncased`; what was ignored or newly initialised is printed.
-
-    The model is in eval mode. Names with or without the prefix `bert.` and LayerNorm's old
-    gamma/beta are understood; pre-training heads are ignored; a pooler that is absent, or a
-    classifier that is absent or of another size, is newly initialised. num_labels=None: a
-    fine-tuned model, both must be there.
-    ValueError, naming the first tensors, if one that must be there is missing, of another shape
-    or not finite; FileNotFoundError if a file is missing."""
+    """A `BertClassifier` in eval mode, from a folder (config.json with model.safetensors or
+    pytorch_model.bin) or by the name `bert-base-uncased`. A pooler or classifier that is absent or
+    of another size is newly initialised, other tensors are ignored, and a line tells of both;
+    num_labels=None: a fine-tuned model, which must have them. ValueError, naming the first tensors,
+    if one is missing, of another shape or not finite; FileNotFoundError if a file is missing."""
     folder = model_folder(path_or_name)
     config = BertConfig.from_json(folder / "config.json")
     if num_labels not in (None, config.num_labels):
@@ -418,44 +378,36 @@ def from_pretrained(path_or_name, num_labels=2):
         with torch.device("meta"):
             expected = BertClassifier(config).state_dict()
     except Exception as error:  # torch raises half a dozen types here
-        raise ValueError(f"{folder / 'config.json'}: no model has these sizes "
-                         f"({str(error):.300})") from None
-    fitting, fresh, unfit = {}, [], []
+        raise ValueError(f"{folder}/config.json: impossible sizes ({error!r:.300})") from None
+    fitting, unfit = {}, []
     for name, wanted in expected.items():
         tensor = tensors.get(name)
         if tensor is not None and tensor.shape == wanted.shape and tensor.is_floating_point():
             fitting[name] = tensor
-        elif num_labels is not None and (name.startswith("classifier.") or tensor is None
-                                         and name.startswith("bert.pooler.")):
-            fresh.append(name)
-        else:
+        elif num_labels is None or not name.startswith(("bert.pooler.", "classifier.")):
             unfit.append(name)
     if unfit:
         raise ValueError(f"{path}: {len(unfit)} tensors are missing or of another shape or type "
-                         f"than config.json says: {', '.join(unfit[:3])}")
+                         f"than config.json says: {unfit[:3]}")
     # the model itself
     model = BertClassifier(config)
-    model.load_state_dict(fitting, strict=False)
-    # which must be made of numbers
+    fresh = model.load_state_dict(fitting, strict=False).missing_keys
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: damaged, {name} is not finite")
     # what the user should know
     ignored = sorted(tensors.keys() - expected.keys())
     if ignored or fresh:
-        print(f"{path}: ignored {len(ignored)} tensors {ignored[:2]}, newly initialised {fresh}",
-              flush=True)
+        print(f"{path}: ignored {len(ignored)} tensors {ignored[:2]}, newly initialised {fresh}")
     return model.eval()
 
 
 def read_weights(folder):
     """(path, {name: tensor}) of the weight file in `folder`."""
-    path = folder / "model.safetensors"
-    if path.exists():
-        return path, load_safetensors(path)
-    path = folder / "pytorch_model.bin"
-    if path.exists():
-        return path, load_bin(path)
+    for name, load in (("model.safetensors", load_safetensors), ("pytorch_model.bin", load_bin)):
+        path = folder / name
+        if path.exists():
+            return path, load(path)
     if any(folder.glob("*.index.json")):
         raise ValueError(f"{folder}: its weights lie in several files; load it in transformers and "
                          "save it with max_shard_size='100GB'")
@@ -463,9 +415,8 @@ def read_weights(folder):
 
 
 def current_name(name):
-    """The name a tensor has in `BertClassifier`: with prefix `bert.`, without those of
-    DistributedDataParallel and torch.compile, gamma/beta replaced."""
-    name = re.sub(r"^(module\.|_orig_mod\.)*", "", name)
+    """The name of a tensor in `BertClassifier`: unwrapped, with `bert.`, gamma and beta renamed."""
+    name = re.sub(r"^(module\.|_orig_mod\.)*", "", name)  # DistributedDataParallel, torch.compile
     name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
@@ -474,67 +425,57 @@ def current_name(name):
 
 
 def save_pretrained(model, path):
-    """Write config.json and model.safetensors that transformers'
-    `BertForSequenceClassification.from_pretrained(path)` loads unchanged."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    model.config.to_json(Path(path) / "config.json")
-    save_safetensors(model.state_dict(), Path(path) / "model.safetensors")
+    """Write a folder that transformers loads as a `BertForSequenceClassification`."""
+    os.makedirs(path, exist_ok=True)
+    model.config.to_json(f"{path}/config.json")
+    save_safetensors(model.state_dict(), f"{path}/model.safetensors")
 
 
 def load_bin(path):
-    """{name: tensor} of a pytorch_model.bin, by torch's restricted unpickler: a file cannot run
-    code. ValueError if it holds anything else."""
+    """{name: tensor} of a pytorch_model.bin. ValueError if anything else is in it, such as code."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         tensors = tensors.get("state_dict", tensors)
         return {str(name): tensor.detach() for name, tensor in tensors.items()}
-    except Exception as error:  # torch raises half a dozen types here
-        raise ValueError(f"{path}: not a weight file of tensors alone "
-                         f"({type(error).__name__})") from None
+    except Exception:  # torch raises half a dozen types here
+        raise ValueError(f"{path}: not a weight file of tensors alone") from None
 
 
 def load_safetensors(path):
     """{name: tensor} of a file of 8 bytes with the length n of the header (little-endian), n bytes
     of JSON {name: {dtype, shape, data_offsets}}, then the raw data without gaps. ValueError, before
-    any tensor is made, if these do not fit one another."""
+    memory is taken for any tensor, if these do not fit one another."""
     tensors = {}
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        size = os.fstat(file.fileno()).st_size - 8 - length
         try:
-            if length > HEADER_LIMIT:
-                raise ValueError(f"a header of {length} bytes")
-            entries = check_header(json.loads(file.read(length)), size)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: damaged, not a whole safetensors file "
-                             f"({str(error):.300})") from None
-        for name, dtype, shape, length in entries:  # one after another, as they lie in the file
-            raw = np.empty(length, np.uint8)
-            file.readinto(raw)
-            flat = torch.from_numpy(raw).view(dtype) if length else torch.empty(0, dtype=dtype)
-            tensors[name] = flat.reshape(shape)
+            planned = read_header(file)
+        except Exception as error:  # json and torch raise half a dozen types here
+            raise ValueError(f"{path}: not a whole safetensors file ({error!r:.300})") from None
+        for name, like in planned.items():
+            tensors[name] = torch.empty_like(like, device="cpu")
+            file.readinto(tensors[name].flatten().view(torch.uint8).numpy())
     return tensors
 
 
-def check_header(header, size):
-    """[(name, dtype, shape, bytes), ...] of the tensors in the order of their offsets. ValueError
-    unless they fill exactly `size` bytes, each as its dtype and shape say."""
+def read_header(file):
+    """{name: tensor without memory} in the order of the data. An error, of whatever type, unless
+    they fill what is left of the file, each as its dtype and shape say."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > 10 ** 7:  # BERT-base's has 24,000 bytes
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    entries, end = [], 0
+    planned, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        for number in (first, last, len(shape), *shape):
-            if type(number) is not int or not 0 <= number < 2 ** 48:
-                raise ValueError(f"{name!r:.100} has the shape {shape} at {first}")
-        size_in_bytes = math.prod(shape) * dtype.itemsize
-        if first != end or last != first + size_in_bytes or len(shape) > 64:
-            raise ValueError(f"{name!r:.100} of {size_in_bytes} bytes is said to lie at {first} to "
-                             f"{last}")
-        entries.append((name, dtype, shape, size_in_bytes))
-        end = last
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+        first, end = end, end + tensor.nbytes
+        if entry["data_offsets"] != [first, end]:
+            raise ValueError(f"{name!r:.100} does not lie at {first} to {end}")
+        planned[name] = tensor
+    size = os.fstat(file.fileno()).st_size - file.tell()
     if end != size:
         raise ValueError(f"its tensors take {end} bytes, of which {size} are there")
-    return entries
+    return planned
 
 
 def save_safetensors(tensors, path):
@@ -544,7 +485,7 @@ def save_safetensors(tensors, path):
     header, end = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
     for name, tensor in tensors.items():
         first, end = end, end + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": names[tensor.dtype], "shape": tensor.shape,
                         "data_offsets": [first, end]}
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)  # so that the data starts aligned
@@ -552,14 +493,14 @@ def save_safetensors(tensors, path):
     with replacing(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy())
+            flat = tensor.contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy(force=True))
 
 
 def read_json(path):
     """The object in a JSON file. ValueError, naming the file, if it is no such file."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_bytes())
         if not isinstance(found, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
@@ -575,15 +516,14 @@ def write_json(content, path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write to, renamed to `path` once it is whole; if writing fails it is deleted.
-    OSError that names `path`."""
+    """A file to write to, renamed to `path` once whole, else deleted. OSError that names `path`."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave an empty file of that name
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:

@@ -749,7 +749,6 @@ def test_configuration_round_trip(tmp_path):
                         num_labels=3, layer_norm_eps=1e-6)
     config.to_json(tmp_path / "config.json")
     assert BertConfig.from_json(tmp_path / "config.json") == config
-    assert "layer_sizes" not in (tmp_path / "config.json").read_text()
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.num_labels == 3 and theirs.hidden_size == 24 and theirs.layer_norm_eps == 1e-6
@@ -1497,7 +1496,7 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
     save_safetensors(old, tmp_path / "model.safetensors")
     from_pretrained(tmp_path)
     assert "newly initialised ['bert.pooler.dense.weight', 'bert.poo" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="missing .* bert.pooler.dense.weight"):
+    with pytest.raises(ValueError, match="missing .* .'bert.pooler.dense.weight"):
         from_pretrained(tmp_path, num_labels=None)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).rename(tmp_path / f"{name}.index.json")
@@ -1505,22 +1504,22 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("pooler, sentence", [
+@pytest.mark.parametrize("weight, sentence", [
     (torch.zeros(0), "missing or of another shape"), (torch.zeros(16, 15), "of another shape"),
     (torch.zeros(16, 16, dtype=LONG), "or type than"), (torch.full((16, 16), math.nan), "damaged"),
     (torch.full((16, 16), 1e300, dtype=DOUBLE), "damaged")])
-def test_weights_that_do_not_fit_are_refused(pooler, sentence, pretrained, tmp_path):
+def test_weights_that_do_not_fit_are_refused(weight, sentence, pretrained, tmp_path):
     """A misshapen or whole-number tensor is named, and so is one with a NaN or with what double
     precision alone holds; a fine-tuned model must have its classifier."""
     shutil.copytree(pretrained, tmp_path, dirs_exist_ok=True)
     tensors = load_safetensors(pretrained / "model.safetensors")
     del tensors["classifier.bias"]
     save_safetensors(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="1 tensors are missing .*: classifier.bias"):
+    with pytest.raises(ValueError, match=r"1 tensors are missing .*: \['classifier.bias"):
         from_pretrained(tmp_path, num_labels=None)
-    tensors["bert.pooler.dense.weight"] = pooler
+    tensors["bert.encoder.layer.1.attention.self.key.weight"] = weight
     save_safetensors(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{sentence}.* bert.pooler.dense.weight"):
+    with pytest.raises(ValueError, match=f"{sentence}.*bert.encoder.layer.1.attention.self.key"):
         from_pretrained(tmp_path)
 
 
@@ -1531,11 +1530,12 @@ def test_weights_that_do_not_fit_are_refused(pooler, sentence, pretrained, tmp_p
     *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
       for content in (b"", b"[]", b"\xff", b"[" * 9999, b"9" * 5000)),
     ("config.json", b"", "config.json: damaged, not a JSON file"),
-    ("config.json", b'{"model_type": "roberta"}', "model_type is 'roberta', only 'bert' is known"),
-    ("config.json", b'{"hidden_act": "relu"}', "hidden_act is 'relu', only 'gelu' is known here"),
-    *(("config.json", content, "config.json: no model has these sizes")
+    ("config.json", b'{"model_type": "roberta"}', "model_type is 'roberta', not 'bert'"),
+    ("config.json", b'{"hidden_act": "relu"}', "hidden_act is 'relu', not 'gelu'"),
+    *(("config.json", content, "config.json: impossible sizes")
       for content in (b'{"hidden_size": "16"}', b'{"num_attention_heads": 0}',
-                      b'{"vocab_size": -1}', b'{"pad_token_id": 40000}')),
+                      b'{"vocab_size": -1}', b'{"vocab_size": 9223372036854775808}',
+                      b'{"pad_token_id": 40000}', b'{"hidden_dropout_prob": 2}')),
     ("config.json", b'{"id2label": ["good", "bad"]}', "config.json: id2label"),
     ("config.json", b'{"vocab_size": 1000000000000}', "tensors are missing or of another shape"),
 ])
@@ -1551,21 +1551,21 @@ def test_damaged_model_folders_are_refused(name, content, sentence, pretrained, 
 @pytest.mark.parametrize("old, new, size", [
     (b"", b"", 31), (b"", b"", 33), (b"[0, 24]", b"[4, 28]", 32), (b"[2, 3]", b"[2, 4]", 32),
     (b"[2, 3]", b"[-2, -3]", 32), (b"F32", b"F31", 32), (b"[24, 32]", b"[16, 24]", 32),
-    (b"[24, 32]", b"[24, 32.0]", 32), (b"[2, 3]", b"[2, 3%s]" % (b", 1" * 64), 32),
+    (b"[24, 32]", b"[24]", 32), (b"[2, 3]", b"[2.0, 3]", 32), (b"[2, 3]", b"[%d]" % 2 ** 64, 32),
     (b"[2, 3]", b"[%s6]" % (b"6, " * 999), 32), (b"}}", b"}}" + b" " * 10 ** 7, 32),
     (b'"a": {"dtype": "F32", "shape": [2, 3]', b'"a\\n": {"dtype": "F32", "shape": [-6]', 32),
     (b"{", b"[", 32), (b"{", b"{" * 5000, 32)])
 def test_damaged_safetensors_are_refused(old, new, size, tmp_path):
-    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, of 66 or
-    1000 dimensions, with an odd name, with a header of 10 MB or of something else: one sentence
-    that names the file. The sound file, with 32 bytes of data, loads."""
+    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, of 2^64
+    numbers or 1000 dimensions, with an odd name, a header of 10 MB or of something else: one
+    sentence that names the file. The sound file, with 32 bytes of data, loads."""
     path = tmp_path / "weights"
     save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
     assert load_safetensors(path)["b"].tolist() == [1, 1]
     raw = path.read_bytes()
     header, data = raw[8:-32].replace(old, new), raw[-32:] + b"x"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[:size])
-    with pytest.raises(ValueError, match="weights: damaged, not a whole safetensors file") as error:
+    with pytest.raises(ValueError, match="weights: not a whole safetensors file") as error:
         load_safetensors(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
