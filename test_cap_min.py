@@ -1428,6 +1428,7 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     ("sst2", b"sentence\tlabel\ngood\t1\n\xff\t1\n", "line 3: not valid UTF-8"),
     ("sst2", b"sentence\tlabel\ngood\t" + b"1" * 9000, f"label '{'1' * 50}', not one of 0, 1"),
     ("sst2", b"x" * 9000, "line 1: no column 'sentence', only ['xxx"),
+    ("sst2", b'sentence\tlabel\n"""a""\nb"\t1\nc\t2\n', "line 4: label '2'"),
     *(("stsb", b"sentence1\tsentence2\tscore\na\tb\t0\na\tb\t5\na\tb\t" + written,
        "line 4: '%s' is not a number from 0 to 5" % written.decode())
       for written in (b"nan", b"inf", b"5.1", b"-1", b"", b"good"))])
@@ -1439,19 +1440,30 @@ def test_bad_data_is_named_by_file_and_line(task, text, sentence, tmp_path):
     assert len(str(error.value)) < 500
 
 
-def test_glue_files_as_they_are(tmp_path):
-    """A byte-order mark, quotes that are text, columns by name in any order, CoLA without a header,
-    "-" where SNLI's annotators did not agree."""
-    for folder in ("MRPC", "CoLA", "snli"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "MRPC/train.tsv").write_text(
-        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n', "utf-8")
-    (tmp_path / "CoLA/train.tsv").write_text("gj04\t0\t*\tIt was\u2028good.\n", "utf-8")
-    (tmp_path / "snli/dev.tsv").write_text(
-        "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
-    assert load("mrpc", "train", tmp_path) == [('"He said', '"', 1)]
-    assert load("cola", "train", tmp_path) == [("It was\u2028good.", None, 0)]
-    assert load("snli", "dev", tmp_path) == [("d", "c", 1)]
+@pytest.mark.parametrize("task, text, wanted", [
+    ("mrpc", '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n',
+     ('"He said', '"', 1)),
+    ("cola", "gj04\t0\t*\tIt was\u2028good.\n", ("It was\u2028good.", None, 0)),
+    ("snli", "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td", ("d", "c", 1)),
+    ("sst2", 'sentence\tlabel\n"good" film\t1', ('"good" film', None, 1)),
+    ("sst2", 'sentence\tlabel\n"good film"\t1', ('"good film"', None, 1)),
+    # as the datasets library writes them
+    ("cola", "sentence\tlabel\tidx\nIt was good.\t0\t0\n", ("It was good.", None, 0)),
+    ("snli", "premise\thypothesis\tlabel\na\tb\t-1\nd\tc\t2\n", ("d", "c", 2)),
+    ("rte", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\n", ("a", "b", 1)),
+    ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t0\t7\n", ("a", "b", 0)),
+    ("stsb", "sentence1\tsentence2\tlabel\na\tb\t3.799999952316284\n",
+     ("a", "b", 3.799999952316284)),
+    ("sst2", 'sentence\tlabel\r\n"he said ""no""\r\n\t!"\t1\r\n',
+     ('he said "no"\r\n\t!', None, 1)),
+])
+def test_files_as_they_are(task, text, wanted, tmp_path):
+    """GLUE's: a byte-order mark, quotes that are text, columns by name in any order, CoLA without a
+    header, "-" where SNLI's annotators did not agree. The datasets library's: other names, numbers
+    as labels, and quotes about a field that has quotes, which are then doubled."""
+    (tmp_path / TASKS[task].folder).mkdir()
+    (tmp_path / TASKS[task].folder / "train.tsv").write_bytes(text.encode())
+    assert load(task, "train", tmp_path) == [wanted]
 
 
 # --------------------------------------------------------------------- load and save
@@ -1613,8 +1625,7 @@ def served(tmp_path, monkeypatch):
     """A folder whose files are had as file://...; the cache lies beside it."""
     monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "served").mkdir()
-    for module, name in ((bert_min, "BERT_BASE_URL"), (data_glue, "GLUE_URL"),
-                         (data_glue, "SENTEVAL_URL")):
+    for module, name in ((bert_min, "BERT_BASE_URL"), (data_glue, "GLUE_URL")):
         monkeypatch.setattr(module, name, f"file://{tmp_path}/served")
     return tmp_path / "served"
 
@@ -1649,19 +1660,13 @@ def test_what_is_decided_at_import(code, variables, status, printed):
 
 
 def test_glue_archives_are_downloaded_and_unpacked(served, glue, monkeypatch):
-    """SST-2's zip gives its two files; MRPC's dev set is the listed pairs of the corpus; snli is
-    not downloaded; what was put there by hand and is no zip, or another one, is named."""
+    """SST-2's zip gives its two files; snli is not downloaded; what was put there by hand and is no
+    zip, or another one, is named."""
     with zipfile.ZipFile(served / "SST-2.zip", "w") as archive:
         for name in ("train.tsv", "dev.tsv"):
             archive.write(glue / "SST-2" / name, f"SST-2/{name}")
-    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    (served / "msr_paraphrase_train.txt").write_text(
-        header + "1\t10\t11\ta\tb\n0\t20\t21\tc\td\n", "utf-8")
-    (served / "mrpc_dev_ids.tsv").write_text("20\t21\n")
-    for path in served.iterdir():
-        monkeypatch.setitem(data_glue.SHA256, path.name, sha256(path))
+    monkeypatch.setitem(data_glue.SHA256, "SST-2.zip", sha256(served / "SST-2.zip"))
     assert all(load("sst2", split) == load("sst2", split, glue) for split in ("train", "dev"))
-    assert load("mrpc", "train") == [("a", "b", 1)] and load("mrpc", "dev") == [("c", "d", 0)]
     with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
         load("snli", "dev")
     for content in (b"<html>", (served / "SST-2.zip").read_bytes()):
