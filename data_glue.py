@@ -151,7 +151,7 @@ QUOTED = re.compile(r'"(?<![^\t\n]")((?:[^"]|"")*)"(?![^\t\r\n])')
 
 
 def is_quoted(text):
-    """Whether a table is as pandas writes it: each field with a quote in it stands in quotes and has
+    """Whether a table is as pandas writes it: each field with quotes in it stands in quotes and has
     its own doubled. GLUE's files have bare quotes, or none that is doubled."""
     fields = QUOTED.findall(text)
     inside = "".join(fields)
@@ -211,20 +211,8 @@ def fetch_glue(task, name):
 
 # ------------------------------------------------------------------------- WordPiece
 
-CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-              (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-
-def clean(char):
-    """What a character becomes first: nothing, a space, itself, or a word of its own."""
-    category = unicodedata.category(char)
-    if char in "\t\n\r":
-        return " "
-    if char in "\0\ufffd" or category in ("Cc", "Cf"):
-        return ""
-    if any(first <= ord(char) <= last for first, last in CJK_BLOCKS):
-        return f" {char} "  # each ideograph is a word
-    return char
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+                       "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 def is_punctuation(char):
@@ -232,36 +220,53 @@ def is_punctuation(char):
     return unicodedata.category(char)[0] == "P" or (char.isascii() and not char.isalnum())
 
 
+def read_vocab(path):
+    """The pieces of a vocab.txt or tokenizer.json in the order of their ids."""
+    if path.suffix != ".json":
+        return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+    vocab = read_json(path)["model"]["vocab"]
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"{path}: its pieces are not numbered from 0")
+    return sorted(vocab, key=vocab.get)
+
+
 class WordPiece:
     """BERT's tokenizer: the same ids as Google's for words of up to 100 characters. README tells,
     under deviations, where Google's and transformers' differ.
 
-    vocab_file: one piece per line, its id is the line number from 0. ValueError if it is not valid
-    UTF-8 or a special token is not in it."""
+    vocab_file: one piece per line, its id is the line number from 0; or transformers'
+    tokenizer.json. strip_accents: None means as `lowercase`. ValueError if a special token is not
+    in the vocabulary."""
 
-    def __init__(self, vocab_file, lowercase=True):
-        self.vocab_file, self.lowercase = Path(vocab_file), lowercase
-        lines = self.vocab_file.read_bytes().removesuffix(b"\n").split(b"\n")
-        self.vocab, self.size = {}, len(lines)
-        for i, line in enumerate(lines):
-            try:
-                self.vocab[line.decode("utf-8").strip()] = i
-            except UnicodeDecodeError:
-                raise ValueError(f"{vocab_file}, line {i + 1}: not valid UTF-8") from None
+    def __init__(self, vocab_file, lowercase=True, strip_accents=None, handle_chinese_chars=True):
+        self.lowercase, self.handle_chinese_chars = lowercase, handle_chinese_chars
+        self.strip_accents = strip_accents
+        if strip_accents is None:
+            self.strip_accents = lowercase
+        self.listed = read_vocab(Path(vocab_file))
+        self.size = len(self.listed)
+        self.vocab = {piece: i for i, piece in enumerate(self.listed)}
         for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if token not in self.vocab:
                 raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
         # texts repeat their words, so each is cut only once
-        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.ids)
+        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.stretch_ids)
 
     def words(self, text):
-        """Google's basic tokenization: clean, lower-case, strip accents, split punctuation off."""
-        for token in "".join(map(clean, text)).split():
-            if self.lowercase:
-                token = unicodedata.normalize("NFD", token.lower())
-                token = "".join(char for char in token if unicodedata.category(char) != "Mn")
-            spaced = (f" {char} " if is_punctuation(char) else char for char in token)
-            yield from "".join(spaced).split()
+        """Google's basic tokenization: control characters and accents go, ideographs and
+        punctuation are words, the rest is lower-cased."""
+        dropped = ["Cc", "Cf"]
+        if self.strip_accents:
+            text = unicodedata.normalize("NFD", text)
+            dropped.append("Mn")
+        text = "".join(char for char in text.replace("\ufffd", "")
+                       if char in "\t\n\r" or unicodedata.category(char) not in dropped)
+        if self.handle_chinese_chars:
+            text = IDEOGRAPH.sub(r" \g<0> ", text)
+        if self.lowercase:
+            text = text.lower()
+        spaced = (f" {char} " if is_punctuation(char) else char for char in text)
+        return "".join(spaced).split()
 
     def pieces(self, word):
         """Ids of the longest known prefix, then of the longest known "##rest", and so on;
@@ -278,16 +283,18 @@ class WordPiece:
             start = end
         return ids or [self.vocab["[UNK]"]]
 
+    def stretch_ids(self, stretch):
+        return [i for word in self.words(stretch) for i in self.pieces(word)]
+
     def ids(self, text):
-        return [i for word in self.words(text) for i in self.pieces(word)]
+        # no rule looks across a plain space, so the stretches between them can be cached
+        return [i for stretch in text.split(" ") for i in self.cached_ids(stretch)]
 
     def encode(self, text_a, text_b=None, max_length=128):
         """[CLS] a [SEP] or [CLS] a [SEP] b [SEP] as (input_ids, token_type_ids), two lists of at
         most max_length. Of a pair that is too long, the longer text loses its last piece, and
         where both are equally long the second, until it fits."""
-        # no rule looks across a plain space, so the stretches between them can be cached
-        a = [i for stretch in text_a.split(" ") for i in self.cached_ids(stretch)]
-        b = [i for stretch in (text_b or "").split(" ") for i in self.cached_ids(stretch)]
+        a, b = self.ids(text_a), self.ids(text_b or "")
         # a pair that is too long
         room = max_length - (2 if text_b is None else 3)
         while len(a) + len(b) > room:
@@ -300,20 +307,68 @@ class WordPiece:
 
 
 def load_tokenizer(folder):
-    """The WordPiece of a model's folder. ValueError if a file of it is damaged."""
-    path, lowercase = Path(folder) / "tokenizer_config.json", True
-    if path.exists():
-        lowercase = read_json(path).get("do_lower_case", True)
-    if type(lowercase) is not bool:
-        raise ValueError(f"{path}: do_lower_case is neither true nor false")
-    return WordPiece(Path(folder) / "vocab.txt", lowercase)
+    """The WordPiece of a model's folder, with the ids of transformers 5, which takes the pieces
+    from tokenizer.json, if there is one, and the settings from tokenizer_config.json. ValueError if
+    a file of it is damaged, contradicts another or asks for what is not known here."""
+    config = read_if_there(Path(folder) / "tokenizer_config.json")
+    backend = read_if_there(Path(folder) / "tokenizer.json")
+    settings = {"lowercase": config.get("do_lower_case", True),
+                "strip_accents": config.get("strip_accents"),
+                "handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
+    vocab_file = Path(folder) / "vocab.txt"
+    try:
+        if not set(settings.values()) <= {True, False, None}:
+            raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is neither "
+                             "true nor false")
+        if backend:
+            check_backend(backend, settings)
+            vocab_file = Path(folder) / "tokenizer.json"
+        tokenizer = WordPiece(vocab_file, **settings)
+        # texts are not searched for tokens that were added, of which one of three files tells
+        added = list(read_if_there(Path(folder) / "added_tokens.json"))
+        for token in config.get("added_tokens_decoder", {}).values():
+            added.append(token["content"])
+        for token in backend.get("added_tokens", []):
+            added.append(token["content"])
+        if not set(added) <= {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}:
+            raise ValueError(f"tokens were added to its vocabulary: {added}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its tokenizer is not known here ({error})") from None
+    # transformers lower-cases, if nothing says otherwise
+    cased = sum(piece != piece.lower() for piece in tokenizer.vocab)
+    if "do_lower_case" not in config and cased > 5 + tokenizer.size / 20:
+        raise ValueError(f"{folder}: {cased} pieces have upper-case letters; write do_lower_case, "
+                         "true or false, into its tokenizer_config.json")
+    return tokenizer
+
+
+def read_if_there(path):
+    """The object in a JSON file, {} without a file."""
+    return read_json(path) if path.exists() else {}
+
+
+def check_backend(backend, settings):
+    """ValueError if a tokenizer.json is no BERT's or has other settings than tokenizer_config.json:
+    which of the two transformers follows depends on the class."""
+    model = backend["model"]
+    found = {"model": model.get("type", "WordPiece"),
+             "prefix": model.get("continuing_subword_prefix"),
+             "pre_tokenizer": backend["pre_tokenizer"]["type"], **backend["normalizer"]}
+    wanted = {"model": "WordPiece", "prefix": "##", "pre_tokenizer": "BertPreTokenizer",
+              "type": "BertNormalizer", "clean_text": True, **settings}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(f"tokenizer.json's {name} is {found.get(name)!r}, not {value!r} as "
+                             "in BERT or tokenizer_config.json")
 
 
 def save_tokenizer(tokenizer, folder, max_length):
     """Write vocab.txt and tokenizer_config.json as transformers reads them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "vocab.txt").write_bytes(tokenizer.vocab_file.read_bytes())
+    (Path(folder) / "vocab.txt").write_bytes("\n".join(tokenizer.listed).encode())
     write_json({"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
+                "strip_accents": tokenizer.strip_accents,
+                "tokenize_chinese_chars": tokenizer.handle_chinese_chars,
                 "model_max_length": max_length}, Path(folder) / "tokenizer_config.json")
 
 

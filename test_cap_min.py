@@ -786,14 +786,21 @@ ODD_TEXTS = [
 ]
 
 
-def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
-    """The same ids and segments for texts with accents, ideographs, control characters, emoji and
-    long words, alone and in pairs, whole and truncated. The vocabulary has every character."""
-    tokenizers = pytest.importorskip("tokenizers")
-    parts = sorted({char for text in ODD_TEXTS for char in "".join(WordPiece(vocab).words(text))})
-    path = tmp_path / "vocab.txt"
+@pytest.fixture
+def every_character(vocab, tmp_path):
+    """A vocab.txt with each character that any setting makes of ODD_TEXTS."""
+    words = [word for text in ODD_TEXTS for settings in ((True,), (False,), (False, True))
+             for word in WordPiece(vocab, *settings).words(text)]
+    parts = sorted(set("".join(words)))
     pieces = dict.fromkeys(PIECES + parts + ["##" + part for part in parts])
-    path.write_text("\n".join(pieces), encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    return tmp_path / "vocab.txt"
+
+
+def test_wordpiece_is_the_tokenizers_library(every_character):
+    """The same ids and segments for texts with accents, ideographs, control characters, emoji and
+    long words, alone and in pairs, whole and truncated."""
+    tokenizers, path = pytest.importorskip("tokenizers"), every_character
     ours, theirs = WordPiece(path), tokenizers.BertWordPieceTokenizer(str(path))
     for text_a, text_b in itertools.product(ODD_TEXTS, [None] + ODD_TEXTS[:8]):
         wanted = theirs.encode(text_a, text_b)
@@ -802,6 +809,28 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
         wanted = theirs.encode(text_a, text_b) if text_b is not None else None
         theirs.no_truncation()
         assert wanted is None or ours.encode(text_a, text_b, 13) == (wanted.ids, wanted.type_ids)
+
+
+@pytest.mark.parametrize("lowercase, others", [
+    (True, {}), (False, {}), (True, {"strip_accents": False}), (False, {"strip_accents": True}),
+    (True, {"tokenize_chinese_chars": False})])
+def test_settings_are_those_of_transformers(lowercase, others, every_character, tmp_path):
+    """Its ids from a folder, from what it saves (tokenizer.json, no vocab.txt) and from our export
+    of that, which it reads alike."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": lowercase, **others}))
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    data_glue.save_tokenizer(
+        data_glue.load_tokenizer(tmp_path / "saved"), tmp_path / "export", 512)
+    exported = transformers.BertTokenizer.from_pretrained(tmp_path / "export")
+    for folder in (tmp_path, tmp_path / "saved", tmp_path / "export"):
+        ours = data_glue.load_tokenizer(folder)
+        for text in ODD_TEXTS:
+            ids = ours.encode(text, max_length=20_000)[0]
+            assert ids == theirs(text)["input_ids"] == exported(text)["input_ids"]
+        assert ours.size == len(theirs)
 
 
 # =============================================================== part 4: behaviour
@@ -1445,7 +1474,8 @@ def test_bad_data_is_named_by_file_and_line(task, text, sentence, tmp_path):
      ('"He said', '"', 1)),
     ("cola", "gj04\t0\t*\tIt was\u2028good.\n", ("It was\u2028good.", None, 0)),
     ("snli", "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td", ("d", "c", 1)),
-    ("sst2", 'sentence\tlabel\n"good" film\t1', ('"good" film', None, 1)),
+    ("rte", 'sentence1\tsentence2\tlabel\n"a ""b"""\t"c" d\tentailment',
+     ('"a ""b"""', '"c" d', 0)),
     ("sst2", 'sentence\tlabel\n"good film"\t1', ('"good film"', None, 1)),
     # as the datasets library writes them
     ("cola", "sentence\tlabel\tidx\nIt was good.\t0\t0\n", ("It was good.", None, 0)),
@@ -1526,10 +1556,27 @@ def test_weights_that_do_not_fit_are_refused(pooler, sentence, pretrained, tmp_p
         from_pretrained(tmp_path)
 
 
+def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
+    ids = {piece: i for i, piece in enumerate(PIECES, first)}
+    return json.dumps({
+        "model": {"type": kind, "vocab": ids, "continuing_subword_prefix": "##"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": lowercase,
+                       "strip_accents": None, "handle_chinese_chars": True}, **others}).encode()
+
+
 @pytest.mark.parametrize("name, content, sentence", [
     ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
     ("vocab.txt", b"[PAD]\n\xff\n", "vocab.txt, line 2: not valid UTF-8"),
+    ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nGo\nIs", "6 pieces have upper-case letters"),
     ("tokenizer_config.json", b'{"do_lower_case": "no"}', "do_lower_case is neither true nor"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"45": {"content": "<e>"}}}', "<e>"),
+    ("added_tokens.json", b'{"<e>": 45}', "tokens were added to its vocabulary: .'<e>'"),
+    ("tokenizer.json", tokenizer_json(added_tokens=[{"content": "<e>"}]), "tokens were added"),
+    ("tokenizer.json", tokenizer_json(lowercase=False), "lowercase is False, not True"),
+    ("tokenizer.json", tokenizer_json(kind="BPE"), "model is 'BPE', not 'WordPiece'"),
+    ("tokenizer.json", tokenizer_json(first=1), "pieces are not numbered from 0"),
+    ("tokenizer.json", b'{"model": 3}', "its tokenizer is not known here"),
     *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
       for content in (b"", b"[]", b"\xff", b"[" * 9999, b"9" * 5000)),
     ("config.json", b"", "config.json: damaged, not a JSON file"),
