@@ -315,20 +315,19 @@ def load_tokenizer(folder):
     settings = {"lowercase": config.get("do_lower_case", True),
                 "strip_accents": config.get("strip_accents"),
                 "handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
-    vocab_file = Path(folder) / "vocab.txt"
     try:
         if not set(settings.values()) <= {True, False, None}:
             raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is neither "
                              "true nor false")
+        vocab_file = "vocab.txt"
         if backend:
             check_backend(backend, settings)
-            vocab_file = Path(folder) / "tokenizer.json"
-        tokenizer = WordPiece(vocab_file, **settings)
+            vocab_file = "tokenizer.json"
+        tokenizer = WordPiece(Path(folder) / vocab_file, **settings)
         # texts are not searched for tokens that were added, of which one of three files tells
         added = list(read_if_there(Path(folder) / "added_tokens.json"))
-        for token in config.get("added_tokens_decoder", {}).values():
-            added.append(token["content"])
-        for token in backend.get("added_tokens", []):
+        for token in [*config.get("added_tokens_decoder", {}).values(),
+                      *backend.get("added_tokens", [])]:
             added.append(token["content"])
         if not set(added) <= {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}:
             raise ValueError(f"tokens were added to its vocabulary: {added}")
@@ -350,16 +349,13 @@ def read_if_there(path):
 def check_backend(backend, settings):
     """ValueError if a tokenizer.json is no BERT's or has other settings than tokenizer_config.json:
     which of the two transformers follows depends on the class."""
-    model = backend["model"]
-    found = {"model": model.get("type", "WordPiece"),
-             "prefix": model.get("continuing_subword_prefix"),
-             "pre_tokenizer": backend["pre_tokenizer"]["type"], **backend["normalizer"]}
-    wanted = {"model": "WordPiece", "prefix": "##", "pre_tokenizer": "BertPreTokenizer",
-              "type": "BertNormalizer", "clean_text": True, **settings}
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ValueError(f"tokenizer.json's {name} is {found.get(name)!r}, not {value!r} as "
-                             "in BERT or tokenizer_config.json")
+    model, normalizer = backend["model"], backend["normalizer"]
+    if model.get("type", "WordPiece") != "WordPiece" or model["continuing_subword_prefix"] != "##":
+        raise ValueError("tokenizer.json is no WordPiece with the prefix ##")
+    wanted = {"type": "BertNormalizer", "clean_text": True, **settings}
+    if normalizer != wanted:
+        raise ValueError(f"tokenizer.json normalizes by {normalizer}, "
+                         f"tokenizer_config.json by {wanted}")
 
 
 def save_tokenizer(tokenizer, folder, max_length):
