@@ -94,7 +94,8 @@ def load(task, split, data_dir=None):
 
 def read_examples(task, path):
     """list[Example] of a file whose columns are named by `task`, or as in the datasets library."""
-    rows, columns = read_rows(path), (task.text_a, task.text_b, task.label)
+    rows = read_rows(path)
+    columns = (task.text_a, task.text_b, task.label)
     number, header = next(rows, (1, []))
     if task.header and task.label not in header:
         rows, header = read_rows(path), task.header
@@ -123,7 +124,8 @@ def read_examples(task, path):
 
 def read_rows(path):
     """(number of its first line, columns) of each row."""
-    text, number = read_text(path), 1
+    text = read_text(path)
+    number = 1
     if is_quoted(text):
         rows = csv.reader(io.StringIO(text), delimiter="\t")
     else:
@@ -190,7 +192,8 @@ def fetch_glue(task, name):
     GLUE's own file `name` is downloaded and unpacked on first use."""
     if task == "demo":
         return Path(__file__).parent
-    archive, cache = TASKS[task].archive, cache_folder() / "glue"
+    archive = TASKS[task].archive
+    cache = cache_folder() / "glue"
     path = cache / TASKS[task].folder / name
     if path.exists():
         return cache
@@ -239,7 +242,8 @@ class WordPiece:
     in the vocabulary."""
 
     def __init__(self, vocab_file, lowercase=True, strip_accents=None, handle_chinese_chars=True):
-        self.lowercase, self.handle_chinese_chars = lowercase, handle_chinese_chars
+        self.lowercase = lowercase
+        self.handle_chinese_chars = handle_chinese_chars
         self.strip_accents = strip_accents
         if strip_accents is None:
             self.strip_accents = lowercase
@@ -330,7 +334,7 @@ def load_tokenizer(folder):
                       *backend.get("added_tokens", [])]:
             added.append(token["content"])
         if not set(added) <= {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}:
-            raise ValueError(f"tokens were added to its vocabulary: {added}")
+            raise ValueError(f"tokens were added to its vocabulary: {str(added):.200}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: its tokenizer is not known here ({error})") from None
     # transformers lower-cases, if nothing says otherwise
@@ -349,12 +353,13 @@ def read_if_there(path):
 def check_backend(backend, settings):
     """ValueError if a tokenizer.json is no BERT's or has other settings than tokenizer_config.json:
     which of the two transformers follows depends on the class."""
-    model, normalizer = backend["model"], backend["normalizer"]
+    model = backend["model"]
+    normalizer = backend["normalizer"]
     if model.get("type", "WordPiece") != "WordPiece" or model["continuing_subword_prefix"] != "##":
         raise ValueError("tokenizer.json is no WordPiece with the prefix ##")
     wanted = {"type": "BertNormalizer", "clean_text": True, **settings}
     if normalizer != wanted:
-        raise ValueError(f"tokenizer.json normalizes by {normalizer}, "
+        raise ValueError(f"tokenizer.json normalizes by {str(normalizer):.200}, "
                          f"tokenizer_config.json by {wanted}")
 
 
