@@ -8,9 +8,11 @@ Sizes:  N examples in a split, B in a batch, T tokens in the longest one
 """
 
 import array
+import csv
 import functools
 import hashlib
-import math
+import io
+import re
 import unicodedata
 import zipfile
 from dataclasses import dataclass
@@ -25,71 +27,57 @@ from bert_min import cache_folder, download, read_json, replacing, write_json
 # ----------------------------------------------------------------------------- tasks
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Where a task's texts and labels stand, and how it is scored.
-    `labels` maps a label as the file writes it to its word, in the order of the classifier's
-    outputs; None means regression. A column is named by its header (in CoLA, which has none, by
-    its position). A task of single sentences has no `text_b`."""
+    `text_a`, `text_b` (None: single sentences) and `label` are columns by name; `header` has the
+    names where GLUE's file has none. A label is written as one of `words`, which are in the order
+    of the classifier's outputs, or as its place there, from 0. No words: a regression."""
 
     folder: str
-    text_a: str | int
+    text_a: str
     text_b: str | None
-    label: str | int
-    labels: dict | None
+    label: str
+    words: list
     metrics: tuple = ("accuracy",)
     archive: str | None = None  # of GLUE's server
-    dev: tuple = (("dev", "dev.tsv"),)  # (split, file)
-
-    @property
-    def files(self):
-        return {"train": "train.tsv", **dict(self.dev)}
-
-    @property
-    def words(self):
-        """The labels' words in the order of the classifier's outputs; [] for regression."""
-        if self.labels is None:
-            return []
-        return list(self.labels.values())
+    files: dict = {"train": "train.tsv", "dev": "dev.tsv"}
+    header: tuple = ()
 
 
-def same(*words):
-    return {word: word for word in words}
-
-
-def numbered(*words):
-    return {str(i): word for i, word in enumerate(words)}
-
-
-NLI = same("entailment", "neutral", "contradiction")
-ENTAILMENT = same("entailment", "not_entailment")
+NLI = ["entailment", "neutral", "contradiction"]
+ENTAILMENT = ["entailment", "not_entailment"]
 TASKS = {
-    "cola": Task("CoLA", 3, None, 1, numbered("unacceptable", "acceptable"), ("matthews",),
-                 "CoLA.zip"),
-    "sst2": Task("SST-2", "sentence", None, "label", numbered("negative", "positive"),
+    "cola": Task("CoLA", "sentence", None, "label", ["unacceptable", "acceptable"], ("matthews",),
+                 "CoLA.zip", header=("source", "label", "mark", "sentence")),
+    "sst2": Task("SST-2", "sentence", None, "label", ["negative", "positive"],
                  archive="SST-2.zip"),
-    "mrpc": Task("MRPC", "#1 String", "#2 String", "Quality",
-                 numbered("not_equivalent", "equivalent"), ("accuracy", "f1")),
-    "qqp": Task("QQP", "question1", "question2", "is_duplicate",
-                numbered("not_duplicate", "duplicate"), ("accuracy", "f1"), "QQP-clean.zip"),
-    "stsb": Task("STS-B", "sentence1", "sentence2", "score", None, ("pearson", "spearman"),
+    "mrpc": Task("MRPC", "#1 String", "#2 String", "Quality", ["not_equivalent", "equivalent"],
+                 ("accuracy", "f1")),
+    "qqp": Task("QQP", "question1", "question2", "is_duplicate", ["not_duplicate", "duplicate"],
+                ("accuracy", "f1"), "QQP-clean.zip"),
+    "stsb": Task("STS-B", "sentence1", "sentence2", "score", [], ("pearson", "spearman"),
                  "STS-B.zip"),
     "mnli": Task("MNLI", "sentence1", "sentence2", "gold_label", NLI, archive="MNLI.zip",
-                 dev=(("dev", "dev_matched.tsv"), ("dev_mm", "dev_mismatched.tsv"))),
+                 files={"train": "train.tsv", "dev": "dev_matched.tsv",
+                        "dev_mm": "dev_mismatched.tsv"}),
     "qnli": Task("QNLI", "question", "sentence", "label", ENTAILMENT, archive="QNLIv2.zip"),
     "rte": Task("RTE", "sentence1", "sentence2", "label", ENTAILMENT, archive="RTE.zip"),
-    "wnli": Task("WNLI", "sentence1", "sentence2", "label",
-                 numbered("not_entailment", "entailment"), archive="WNLI.zip"),
+    "wnli": Task("WNLI", "sentence1", "sentence2", "label", ["not_entailment", "entailment"],
+                 archive="WNLI.zip"),
     "snli": Task("snli", "sentence1", "sentence2", "gold_label", NLI),
     "demo": Task("demo", "premise", "hypothesis", "label", NLI,
-                 dev=(("dev", "dev.tsv"), ("dev_unseen", "dev_unseen.tsv"))),
+                 files={"train": "train.tsv", "dev": "dev.tsv", "dev_unseen": "dev_unseen.tsv"}),
 }
+# what the datasets library calls these columns
+OTHER_NAMES = {"#1 String": "sentence1", "#2 String": "sentence2", "sentence1": "premise",
+               "sentence2": "hypothesis", "Quality": "label", "is_duplicate": "label",
+               "score": "label", "gold_label": "label"}
 
 
 class Example(NamedTuple):
     text_a: str
     text_b: str | None
-    label: int | float  # position in the task's labels, or the value of a regression
+    label: int | float  # position in the task's words, or the value of a regression
 
 
 def load(task, split, data_dir=None):
@@ -99,78 +87,94 @@ def load(task, split, data_dir=None):
     and GLUE's own are downloaded once into the cache. ValueError, naming file and line, for what is
     not as the task says; FileNotFoundError for a file that is not there."""
     name = TASKS[task].files[split]
-    if task == "demo" and data_dir is None:
-        data_dir = Path(__file__).parent
     if data_dir is None:
-        path = fetch_glue(task, name)
-    else:
-        path = Path(data_dir) / TASKS[task].folder / name
-    return read_examples(TASKS[task], path)
+        data_dir = fetch_glue(task, name)
+    return read_examples(TASKS[task], Path(data_dir) / TASKS[task].folder / name)
 
 
 def read_examples(task, path):
-    """list[Example] of a file whose columns are named by `task`."""
+    """list[Example] of a file whose columns are named by `task`, or as in the datasets library."""
     rows = read_rows(path)
-    columns, header = [task.text_a, task.text_b, task.label], range(4)
-    # a header names the columns, but in CoLA, which has four and no header
-    if isinstance(task.label, str):
-        number, header = next(rows, (1, []))
-        for i, column in enumerate(columns):
-            if column is None:
-                continue
-            if column not in header:
-                raise ValueError(f"{path}, line {number}: no column {column!r}, only "
-                                 f"{str(header):.300}")
-            columns[i] = header.index(column)
-    # a row each, but for those without a label
-    text_a, text_b, label = columns
+    columns = (task.text_a, task.text_b, task.label)
+    number, header = next(rows, (1, []))
+    if task.header and task.label not in header:
+        rows, header = read_rows(path), task.header
+    # the task's own names of the columns
+    own_names = {OTHER_NAMES.get(column): column for column in columns if column not in header}
+    header = [own_names.get(name, name) for name in header]
+    for column in columns:
+        if column not in [*header, None]:
+            raise ValueError(f"{path}, line {number}: no column {column!r}, only "
+                             f"{str(header):.300}")
+    # a row each, but for those on whose label SNLI's annotators did not agree
     examples = []
     for number, row in rows:
+        where = f"{path}, line {number}"
         if len(row) != len(header):
-            raise ValueError(f"{path}, line {number}: {len(row)} columns, not {len(header)}")
-        # "-": SNLI's annotators did not agree
-        if row[label] == "-" and task.labels == NLI:
+            raise ValueError(f"{where}: {len(row)} columns, not {len(header)}")
+        row = dict(zip(header, row))
+        if task.words == NLI and row[task.label] in ("-", "-1"):
             continue
-        value = read_label(task, row[label], f"{path}, line {number}")
-        second = None if text_b is None else row[text_b]
-        examples.append(Example(row[text_a], second, value))
+        label = read_label(task, row[task.label], where)
+        examples.append(Example(row[task.text_a], row.get(task.text_b), label))
     if not examples:
         raise ValueError(f"{path}: no examples in it")
     return examples
 
 
 def read_rows(path):
-    """(line number, columns) for each line. GLUE's files know no quoting: only tabs separate."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}, line {number}: not valid UTF-8") from None
-            if text:
-                yield number, text.split("\t")
+    """(number of its first line, columns) of each row."""
+    text = read_text(path)
+    number = 1
+    if is_quoted(text):
+        rows = csv.reader(io.StringIO(text), delimiter="\t")
+    else:
+        rows = (line.rstrip("\r").split("\t") for line in text.split("\n"))
+    try:
+        for row in rows:
+            if row not in ([], [""]):
+                yield number, row
+            number += 1 + "".join(row).count("\n")  # which a field in quotes may hold
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def read_text(path):
+    """The text of a file. ValueError, naming file and line, if it is not valid UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}, line {number}: not valid UTF-8") from None
+
+
+# a field in quotes, between tabs or the ends of a line
+QUOTED = re.compile(r'"(?<![^\t\n]")((?:[^"]|"")*)"(?![^\t\r\n])')
+
+
+def is_quoted(text):
+    """Whether a table is as pandas writes it: each field with quotes in it stands in quotes and has
+    its own doubled. GLUE's files have bare quotes, or none that is doubled."""
+    fields = QUOTED.findall(text)
+    inside = "".join(fields)
+    return '""' in inside and text.count('"') == inside.count('"') + 2 * len(fields)
 
 
 def read_label(task, written, where):
-    """A label's position in the task's labels, or the value of a regression. ValueError if none."""
-    if task.labels is not None:
-        if written not in task.labels:
-            raise ValueError(f"{where}: label {written[:50]!r}, not one of "
-                             f"{', '.join(task.labels)}")
-        return list(task.labels).index(written)
-    try:
-        value = float(written)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 5:  # STS-B's scale
+    """A label's position in the task's words, or the value of a regression. ValueError if none."""
+    if task.words:
+        known = [str(i) for i in range(len(task.words))] + task.words
+        if written not in known:
+            raise ValueError(f"{where}: label {written[:50]!r}, not one of {', '.join(known)}")
+        return known.index(written) % len(task.words)
+    if not re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", written):  # STS-B's scale
         raise ValueError(f"{where}: {written[:50]!r} is not a number from 0 to 5")
-    return value
+    return float(written)
 
 
 # -------------------------------------------------------------------------- download
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data"
-SENTEVAL_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 SHA256 = {  # of the files there
     "CoLA.zip": "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff",
     "SST-2.zip": "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa",
@@ -180,68 +184,38 @@ SHA256 = {  # of the files there
     "QNLIv2.zip": "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5",
     "RTE.zip": "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee",
     "WNLI.zip": "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46",
-    "msr_paraphrase_train.txt": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
-    "mrpc_dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
 }
 
 
 def fetch_glue(task, name):
-    """Path of GLUE's own file `name` in the cache, downloaded and unpacked on first use."""
+    """The folder of the tasks' folders: beside this file for the demo, else the cache, into which
+    GLUE's own file `name` is downloaded and unpacked on first use."""
+    if task == "demo":
+        return Path(__file__).parent
+    archive = TASKS[task].archive
     cache = cache_folder() / "glue"
     path = cache / TASKS[task].folder / name
     if path.exists():
-        return path
-    # MRPC has two sources, the others one archive
-    if task == "mrpc":
-        corpus, dev_ids = "msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"
-        text = split_mrpc(
-            download(f"{SENTEVAL_URL}/{corpus}", cache / corpus, SHA256[corpus]),
-            download(f"{GLUE_URL}/{dev_ids}", cache / dev_ids, SHA256[dev_ids]), name)
-    elif TASKS[task].archive is not None:
-        archive = TASKS[task].archive
-        packed = download(f"{GLUE_URL}/{archive}", cache / archive, SHA256[archive])
-        try:
-            with zipfile.ZipFile(packed) as unpacked:
-                text = unpacked.read(f"{TASKS[task].folder}/{name}")
-        except (zipfile.BadZipFile, KeyError):  # put there by hand
-            raise ValueError(f"{packed} is not GLUE's archive: delete it") from None
-    else:
+        return cache
+    if archive is None:
         raise FileNotFoundError(f"{path}: {task} is not downloaded; put the file there by hand "
                                 "or pass --data-dir")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = download(f"{GLUE_URL}/{archive}", cache / archive, SHA256[archive])
+    try:
+        with zipfile.ZipFile(packed) as unpacked:
+            text = unpacked.read(f"{TASKS[task].folder}/{name}")
+    except (zipfile.BadZipFile, KeyError):  # put there by hand
+        raise ValueError(f"{packed} is not GLUE's archive: delete it") from None
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
         file.write(text)
-    return path
-
-
-def split_mrpc(corpus, dev_ids, name):
-    """The bytes of MRPC's train.tsv or dev.tsv: `dev_ids` lists those pairs of the corpus."""
-    dev = {tuple(line.split("\t")) for line in dev_ids.read_text().splitlines()}
-    header, *rows = corpus.read_bytes().splitlines(keepends=True)
-    chosen = [header]
-    for row in rows:
-        in_dev = tuple(row.decode().split("\t")[1:3]) in dev
-        if in_dev == (name == "dev.tsv"):
-            chosen.append(row)
-    return b"".join(chosen)
+    return cache
 
 
 # ------------------------------------------------------------------------- WordPiece
 
-CJK_BLOCKS = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
-              (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-
-def clean(char):
-    """What a character becomes first: nothing, a space, itself, or a word of its own."""
-    category = unicodedata.category(char)
-    if char in "\t\n\r":
-        return " "
-    if char in "\0\ufffd" or category in ("Cc", "Cf"):
-        return ""
-    if any(first <= ord(char) <= last for first, last in CJK_BLOCKS):
-        return f" {char} "  # each ideograph is a word
-    return char
+IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df"
+                       "\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 def is_punctuation(char):
@@ -249,36 +223,54 @@ def is_punctuation(char):
     return unicodedata.category(char)[0] == "P" or (char.isascii() and not char.isalnum())
 
 
+def read_vocab(path):
+    """The pieces of a vocab.txt or tokenizer.json in the order of their ids."""
+    if path.suffix != ".json":
+        return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
+    vocab = read_json(path)["model"]["vocab"]
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"{path}: its pieces are not numbered from 0")
+    return sorted(vocab, key=vocab.get)
+
+
 class WordPiece:
     """BERT's tokenizer: the same ids as Google's for words of up to 100 characters. README tells,
     under deviations, where Google's and transformers' differ.
 
-    vocab_file: one piece per line, its id is the line number from 0. ValueError if it is not valid
-    UTF-8 or a special token is not in it."""
+    vocab_file: one piece per line, its id is the line number from 0; or transformers'
+    tokenizer.json. strip_accents: None means as `lowercase`. ValueError if a special token is not
+    in the vocabulary."""
 
-    def __init__(self, vocab_file, lowercase=True):
-        self.vocab_file, self.lowercase = Path(vocab_file), lowercase
-        lines = self.vocab_file.read_bytes().removesuffix(b"\n").split(b"\n")
-        self.vocab, self.size = {}, len(lines)
-        for i, line in enumerate(lines):
-            try:
-                self.vocab[line.decode("utf-8").strip()] = i
-            except UnicodeDecodeError:
-                raise ValueError(f"{vocab_file}, line {i + 1}: not valid UTF-8") from None
+    def __init__(self, vocab_file, lowercase=True, strip_accents=None, handle_chinese_chars=True):
+        self.lowercase = lowercase
+        self.handle_chinese_chars = handle_chinese_chars
+        self.strip_accents = strip_accents
+        if strip_accents is None:
+            self.strip_accents = lowercase
+        self.listed = read_vocab(Path(vocab_file))
+        self.size = len(self.listed)
+        self.vocab = {piece: i for i, piece in enumerate(self.listed)}
         for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if token not in self.vocab:
                 raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
         # texts repeat their words, so each is cut only once
-        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.ids)
+        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.stretch_ids)
 
     def words(self, text):
-        """Google's basic tokenization: clean, lower-case, strip accents, split punctuation off."""
-        for token in "".join(map(clean, text)).split():
-            if self.lowercase:
-                token = unicodedata.normalize("NFD", token.lower())
-                token = "".join(char for char in token if unicodedata.category(char) != "Mn")
-            spaced = (f" {char} " if is_punctuation(char) else char for char in token)
-            yield from "".join(spaced).split()
+        """Google's basic tokenization: control characters and accents go, ideographs and
+        punctuation are words, the rest is lower-cased."""
+        dropped = ["Cc", "Cf"]
+        if self.strip_accents:
+            text = unicodedata.normalize("NFD", text)
+            dropped.append("Mn")
+        text = "".join(char for char in text.replace("\ufffd", "")
+                       if char in "\t\n\r" or unicodedata.category(char) not in dropped)
+        if self.handle_chinese_chars:
+            text = IDEOGRAPH.sub(r" \g<0> ", text)
+        if self.lowercase:
+            text = text.lower()
+        spaced = (f" {char} " if is_punctuation(char) else char for char in text)
+        return "".join(spaced).split()
 
     def pieces(self, word):
         """Ids of the longest known prefix, then of the longest known "##rest", and so on;
@@ -295,16 +287,18 @@ class WordPiece:
             start = end
         return ids or [self.vocab["[UNK]"]]
 
+    def stretch_ids(self, stretch):
+        return [i for word in self.words(stretch) for i in self.pieces(word)]
+
     def ids(self, text):
-        return [i for word in self.words(text) for i in self.pieces(word)]
+        # no rule looks across a plain space, so the stretches between them can be cached
+        return [i for stretch in text.split(" ") for i in self.cached_ids(stretch)]
 
     def encode(self, text_a, text_b=None, max_length=128):
         """[CLS] a [SEP] or [CLS] a [SEP] b [SEP] as (input_ids, token_type_ids), two lists of at
         most max_length. Of a pair that is too long, the longer text loses its last piece, and
         where both are equally long the second, until it fits."""
-        # no rule looks across a plain space, so the stretches between them can be cached
-        a = [i for stretch in text_a.split(" ") for i in self.cached_ids(stretch)]
-        b = [i for stretch in (text_b or "").split(" ") for i in self.cached_ids(stretch)]
+        a, b = self.ids(text_a), self.ids(text_b or "")
         # a pair that is too long
         room = max_length - (2 if text_b is None else 3)
         while len(a) + len(b) > room:
@@ -317,20 +311,65 @@ class WordPiece:
 
 
 def load_tokenizer(folder):
-    """The WordPiece of a model's folder. ValueError if a file of it is damaged."""
-    path, lowercase = Path(folder) / "tokenizer_config.json", True
-    if path.exists():
-        lowercase = read_json(path).get("do_lower_case", True)
-    if type(lowercase) is not bool:
-        raise ValueError(f"{path}: do_lower_case is neither true nor false")
-    return WordPiece(Path(folder) / "vocab.txt", lowercase)
+    """The WordPiece of a model's folder, with the ids of transformers 5, which takes the pieces
+    from tokenizer.json, if there is one, and the settings from tokenizer_config.json. ValueError if
+    a file of it is damaged, contradicts another or asks for what is not known here."""
+    config = read_if_there(Path(folder) / "tokenizer_config.json")
+    backend = read_if_there(Path(folder) / "tokenizer.json")
+    settings = {"lowercase": config.get("do_lower_case", True),
+                "strip_accents": config.get("strip_accents"),
+                "handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
+    try:
+        if not set(settings.values()) <= {True, False, None}:
+            raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is neither "
+                             "true nor false")
+        vocab_file = "vocab.txt"
+        if backend:
+            check_backend(backend, settings)
+            vocab_file = "tokenizer.json"
+        tokenizer = WordPiece(Path(folder) / vocab_file, **settings)
+        # texts are not searched for tokens that were added, of which one of three files tells
+        added = list(read_if_there(Path(folder) / "added_tokens.json"))
+        for token in [*config.get("added_tokens_decoder", {}).values(),
+                      *backend.get("added_tokens", [])]:
+            added.append(token["content"])
+        if not set(added) <= {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}:
+            raise ValueError(f"tokens were added to its vocabulary: {str(added):.200}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: its tokenizer is not known here ({error})") from None
+    # transformers lower-cases, if nothing says otherwise
+    cased = sum(piece != piece.lower() for piece in tokenizer.vocab)
+    if "do_lower_case" not in config and cased > 5 + tokenizer.size / 20:
+        raise ValueError(f"{folder}: {cased} pieces have upper-case letters; write do_lower_case, "
+                         "true or false, into its tokenizer_config.json")
+    return tokenizer
+
+
+def read_if_there(path):
+    """The object in a JSON file, {} without a file."""
+    return read_json(path) if path.exists() else {}
+
+
+def check_backend(backend, settings):
+    """ValueError if a tokenizer.json is no BERT's or has other settings than tokenizer_config.json:
+    which of the two transformers follows depends on the class."""
+    model = backend["model"]
+    normalizer = backend["normalizer"]
+    if model.get("type", "WordPiece") != "WordPiece" or model["continuing_subword_prefix"] != "##":
+        raise ValueError("tokenizer.json is no WordPiece with the prefix ##")
+    wanted = {"type": "BertNormalizer", "clean_text": True, **settings}
+    if normalizer != wanted:
+        raise ValueError(f"tokenizer.json normalizes by {str(normalizer):.200}, "
+                         f"tokenizer_config.json by {wanted}")
 
 
 def save_tokenizer(tokenizer, folder, max_length):
     """Write vocab.txt and tokenizer_config.json as transformers reads them."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "vocab.txt").write_bytes(tokenizer.vocab_file.read_bytes())
+    (Path(folder) / "vocab.txt").write_bytes("\n".join(tokenizer.listed).encode())
     write_json({"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
+                "strip_accents": tokenizer.strip_accents,
+                "tokenize_chinese_chars": tokenizer.handle_chinese_chars,
                 "model_max_length": max_length}, Path(folder) / "tokenizer_config.json")
 
 
@@ -445,8 +484,9 @@ def accuracy(predictions, labels):
 
 
 def f1(predictions, labels):
-    hits = np.sum((predictions == 1) & (labels == 1))
-    return float(2 * hits / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
+    """Of class 1 of two."""
+    hits = np.sum(predictions * labels)
+    return float(2 * hits / max(1, np.sum(predictions) + np.sum(labels)))
 
 
 def pearson(predictions, labels):

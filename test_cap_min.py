@@ -784,14 +784,21 @@ ODD_TEXTS = [
 ]
 
 
-def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
-    """The same ids and segments for texts with accents, ideographs, control characters, emoji and
-    long words, alone and in pairs, whole and truncated. The vocabulary has every character."""
-    tokenizers = pytest.importorskip("tokenizers")
-    parts = sorted({char for text in ODD_TEXTS for char in "".join(WordPiece(vocab).words(text))})
-    path = tmp_path / "vocab.txt"
+@pytest.fixture
+def every_character(vocab, tmp_path):
+    """A vocab.txt with each character that any setting makes of ODD_TEXTS."""
+    words = [word for text in ODD_TEXTS for settings in ((True,), (False,), (False, True))
+             for word in WordPiece(vocab, *settings).words(text)]
+    parts = sorted(set("".join(words)))
     pieces = dict.fromkeys(PIECES + parts + ["##" + part for part in parts])
-    path.write_text("\n".join(pieces), encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    return tmp_path / "vocab.txt"
+
+
+def test_wordpiece_is_the_tokenizers_library(every_character):
+    """The same ids and segments for texts with accents, ideographs, control characters, emoji and
+    long words, alone and in pairs, whole and truncated."""
+    tokenizers, path = pytest.importorskip("tokenizers"), every_character
     ours, theirs = WordPiece(path), tokenizers.BertWordPieceTokenizer(str(path))
     for text_a, text_b in itertools.product(ODD_TEXTS, [None] + ODD_TEXTS[:8]):
         wanted = theirs.encode(text_a, text_b)
@@ -800,6 +807,28 @@ def test_wordpiece_is_the_tokenizers_library(vocab, tmp_path):
         wanted = theirs.encode(text_a, text_b) if text_b is not None else None
         theirs.no_truncation()
         assert wanted is None or ours.encode(text_a, text_b, 13) == (wanted.ids, wanted.type_ids)
+
+
+@pytest.mark.parametrize("lowercase, others", [
+    (True, {}), (False, {}), (True, {"strip_accents": False}), (False, {"strip_accents": True}),
+    (True, {"tokenize_chinese_chars": False})])
+def test_settings_are_those_of_transformers(lowercase, others, every_character, tmp_path):
+    """Its ids from a folder, from what it saves (tokenizer.json, no vocab.txt) and from our export
+    of that, which it reads alike."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"do_lower_case": lowercase, **others}))
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    data_glue.save_tokenizer(
+        data_glue.load_tokenizer(tmp_path / "saved"), tmp_path / "export", 512)
+    exported = transformers.BertTokenizer.from_pretrained(tmp_path / "export")
+    for folder in (tmp_path, tmp_path / "saved", tmp_path / "export"):
+        ours = data_glue.load_tokenizer(folder)
+        for text in ODD_TEXTS:
+            ids = ours.encode(text, max_length=20_000)[0]
+            assert ids == theirs(text)["input_ids"] == exported(text)["input_ids"]
+        assert ours.size == len(theirs)
 
 
 # =============================================================== part 4: behaviour
@@ -1437,6 +1466,7 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     ("sst2", b"sentence\tlabel\ngood\t1\n\xff\t1\n", "line 3: not valid UTF-8"),
     ("sst2", b"sentence\tlabel\ngood\t" + b"1" * 9000, f"label '{'1' * 50}', not one of 0, 1"),
     ("sst2", b"x" * 9000, "line 1: no column 'sentence', only ['xxx"),
+    ("sst2", b'sentence\tlabel\n"""a""\nb"\t1\nc\t2\n', "line 4: label '2'"),
     *(("stsb", b"sentence1\tsentence2\tscore\na\tb\t0\na\tb\t5\na\tb\t" + written,
        "line 4: '%s' is not a number from 0 to 5" % written.decode())
       for written in (b"nan", b"inf", b"5.1", b"-1", b"", b"good"))])
@@ -1448,19 +1478,31 @@ def test_bad_data_is_named_by_file_and_line(task, text, sentence, tmp_path):
     assert len(str(error.value)) < 500
 
 
-def test_glue_files_as_they_are(tmp_path):
-    """A byte-order mark, quotes that are text, columns by name in any order, CoLA without a header,
-    "-" where SNLI's annotators did not agree."""
-    for folder in ("MRPC", "CoLA", "snli"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "MRPC/train.tsv").write_text(
-        '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n', "utf-8")
-    (tmp_path / "CoLA/train.tsv").write_text("gj04\t0\t*\tIt was\u2028good.\n", "utf-8")
-    (tmp_path / "snli/dev.tsv").write_text(
-        "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td")
-    assert load("mrpc", "train", tmp_path) == [('"He said', '"', 1)]
-    assert load("cola", "train", tmp_path) == [("It was\u2028good.", None, 0)]
-    assert load("snli", "dev", tmp_path) == [("d", "c", 1)]
+@pytest.mark.parametrize("task, text, wanted", [
+    ("mrpc", '\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\t"He said\t"\r\n',
+     ('"He said', '"', 1)),
+    ("cola", "gj04\t0\t*\tIt was\u2028good.\n", ("It was\u2028good.", None, 0)),
+    ("snli", "gold_label\tsentence2\tsentence1\n-\ta\tb\nneutral\tc\td", ("d", "c", 1)),
+    ("rte", 'sentence1\tsentence2\tlabel\n"a ""b"""\t"c" d\tentailment',
+     ('"a ""b"""', '"c" d', 0)),
+    ("sst2", 'sentence\tlabel\n"good film"\t1', ('"good film"', None, 1)),
+    # as the datasets library writes them
+    ("cola", "sentence\tlabel\tidx\nIt was good.\t0\t0\n", ("It was good.", None, 0)),
+    ("snli", "premise\thypothesis\tlabel\na\tb\t-1\nd\tc\t2\n", ("d", "c", 2)),
+    ("rte", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\n", ("a", "b", 1)),
+    ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t0\t7\n", ("a", "b", 0)),
+    ("stsb", "sentence1\tsentence2\tlabel\na\tb\t3.799999952316284\n",
+     ("a", "b", 3.799999952316284)),
+    ("sst2", 'sentence\tlabel\r\n"he said ""no""\r\n\t!"\t1\r\n',
+     ('he said "no"\r\n\t!', None, 1)),
+])
+def test_files_as_they_are(task, text, wanted, tmp_path):
+    """GLUE's: a byte-order mark, quotes that are text, columns by name in any order, CoLA without a
+    header, "-" where SNLI's annotators did not agree. The datasets library's: other names, numbers
+    as labels, and quotes about a field that has quotes, which are then doubled."""
+    (tmp_path / TASKS[task].folder).mkdir()
+    (tmp_path / TASKS[task].folder / "train.tsv").write_bytes(text.encode())
+    assert load(task, "train", tmp_path) == [wanted]
 
 
 # --------------------------------------------------------------------- load and save
@@ -1523,10 +1565,27 @@ def test_weights_that_do_not_fit_are_refused(weight, sentence, pretrained, tmp_p
         from_pretrained(tmp_path)
 
 
+def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
+    ids = {piece: i for i, piece in enumerate(PIECES, first)}
+    return json.dumps({
+        "model": {"type": kind, "vocab": ids, "continuing_subword_prefix": "##"},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": lowercase,
+                       "strip_accents": None, "handle_chinese_chars": True}, **others}).encode()
+
+
 @pytest.mark.parametrize("name, content, sentence", [
     ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
     ("vocab.txt", b"[PAD]\n\xff\n", "vocab.txt, line 2: not valid UTF-8"),
+    ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nGo\nIs", "6 pieces have upper-case letters"),
     ("tokenizer_config.json", b'{"do_lower_case": "no"}', "do_lower_case is neither true nor"),
+    ("tokenizer_config.json", b'{"added_tokens_decoder": {"45": {"content": "<e>"}}}', "<e>"),
+    ("added_tokens.json", b'{"<e>": 45}', "tokens were added to its vocabulary: .'<e>'"),
+    ("tokenizer.json", tokenizer_json(added_tokens=[{"content": "<e>"}]), "tokens were added"),
+    ("tokenizer.json", tokenizer_json(lowercase=False), "json by .*: True}"),
+    ("tokenizer.json", tokenizer_json(kind="BPE"), "is no WordPiece with the prefix ##"),
+    ("tokenizer.json", tokenizer_json(first=1), "pieces are not numbered from 0"),
+    ("tokenizer.json", b'{"model": 3}', "its tokenizer is not known here"),
     *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
       for content in (b"", b"[]", b"\xff", b"[" * 9999, b"9" * 5000)),
     ("config.json", b"", "config.json: damaged, not a JSON file"),
@@ -1623,8 +1682,7 @@ def served(tmp_path, monkeypatch):
     """A folder whose files are had as file://...; the cache lies beside it."""
     monkeypatch.setenv("CAP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "served").mkdir()
-    for module, name in ((bert_min, "BERT_BASE_URL"), (data_glue, "GLUE_URL"),
-                         (data_glue, "SENTEVAL_URL")):
+    for module, name in ((bert_min, "BERT_BASE_URL"), (data_glue, "GLUE_URL")):
         monkeypatch.setattr(module, name, f"file://{tmp_path}/served")
     return tmp_path / "served"
 
@@ -1659,19 +1717,13 @@ def test_what_is_decided_at_import(code, variables, status, printed):
 
 
 def test_glue_archives_are_downloaded_and_unpacked(served, glue, monkeypatch):
-    """SST-2's zip gives its two files; MRPC's dev set is the listed pairs of the corpus; snli is
-    not downloaded; what was put there by hand and is no zip, or another one, is named."""
+    """SST-2's zip gives its two files; snli is not downloaded; what was put there by hand and is no
+    zip, or another one, is named."""
     with zipfile.ZipFile(served / "SST-2.zip", "w") as archive:
         for name in ("train.tsv", "dev.tsv"):
             archive.write(glue / "SST-2" / name, f"SST-2/{name}")
-    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
-    (served / "msr_paraphrase_train.txt").write_text(
-        header + "1\t10\t11\ta\tb\n0\t20\t21\tc\td\n", "utf-8")
-    (served / "mrpc_dev_ids.tsv").write_text("20\t21\n")
-    for path in served.iterdir():
-        monkeypatch.setitem(data_glue.SHA256, path.name, sha256(path))
+    monkeypatch.setitem(data_glue.SHA256, "SST-2.zip", sha256(served / "SST-2.zip"))
     assert all(load("sst2", split) == load("sst2", split, glue) for split in ("train", "dev"))
-    assert load("mrpc", "train") == [("a", "b", 1)] and load("mrpc", "dev") == [("c", "d", 0)]
     with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
         load("snli", "dev")
     for content in (b"<html>", (served / "SST-2.zip").read_bytes()):

@@ -40,9 +40,9 @@ def make_folder(folder, task, rng):
     save_pretrained(BertClassifier(config), folder)
     (folder / "vocab.txt").write_text("\n".join(PIECES), "utf-8")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 32}')
-    labels = [*(task.labels or ("2.5", "4", "nan", "1e999", "5.1")), "-"]
+    labels = [*(task.words or ("2.5", "4", "nan", "1e999", "5.1")), "0", "-"]
     rows = [["film", rng.choice(labels), "*", "a good film"]]  # CoLA's, which has no header
-    if isinstance(task.label, str):
+    if not task.header:
         columns = [task.label, task.text_a, task.text_b or "index"]
         rows = [columns] + [[rng.choice(labels), f"film {i} 中", "good"] for i in range(4)]
     (folder / "train.tsv").write_text("\n".join("\t".join(row) for row in rows), "utf-8")

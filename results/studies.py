@@ -281,7 +281,7 @@ def hold_out(task, data_dir, count, out):
         raise ValueError(f"{out} has the task's own files: choose another --out")
     lines = (data_dir / task.folder / task.files["train"]).read_bytes().split(b"\n")
     rows, header = [line for line in lines if line.rstrip(b"\r")], []
-    if isinstance(task.label, str):
+    if not task.header or task.label.encode() in rows[0].split(b"\t"):
         header.append(rows.pop(0))
     if count >= len(rows):
         raise ValueError(f"its training set has {len(rows)} rows, no more than {count}")
