@@ -471,21 +471,6 @@ def test_encode_is_deterministic_and_restores_the_mode(vocab):
     assert not model.training
 
 
-def test_tiny_numbers_are_zero_in_all_threads():
-    """2e-38 / 10 is a denormal number, which `main` has count as 0 in torch's threads too: of a
-    million of them none is left. What Adam keeps of pruned weights decays to such numbers. oneDNN
-    is told to keep the code of many products, unless the user has told it how many."""
-    script = ("import os, torch, cap_min; cap_min.parse = lambda argv: 1 / 0\n"
-              "try: cap_min.main([])\nexcept ZeroDivisionError: pass\n"
-              "torch.set_num_threads(2)\n"
-              "print(int((torch.full((1_000_000,), 2e-38) / 10).count_nonzero()),"
-              " os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])")
-    for given, wanted in (({}, "16384"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")):
-        done = subprocess.run([sys.executable, "-c", script], cwd=HERE, text=True, check=True,
-                              stdout=subprocess.PIPE, env=os.environ | given)
-        assert done.stdout == f"0 {wanted}\n"
-
-
 def toy_run(folder, *options):
     """A `Run` in its folder, at its start."""
     args = cap_min.parse(["--task", "sst2", "--dtype", "fp32", "--out", str(folder), *options])
@@ -1003,18 +988,11 @@ def test_step_line_fits_in_120_columns():
     assert len(f"122720/122720 | {line} | 12:00:00") <= 120
 
 
-def test_gradient_shares_in_bf16(vocab, tmp_path):
+def test_gradient_shares_in_bf16(command, tmp_path):
     """The contrastive terms read an fp32 copy of the pooled vectors, the classifier the vectors
     themselves: the share is of the gradient that reaches both."""
-    run, data = toy_run(tmp_path, "--dtype", "bf16", "--without", "snc"), toy_data(vocab)
-    run.stage = 0
-    banks = {name: [to_bank(torch.randn(10, 16))] for name in ("prc", "fic")}
-    ancestors = Ancestors(banks, torch.randn(10, 2), data.labels)
-    model = BertClassifier(TINY)
-    add_masks(model, "zero")
-    cap_min.train(run, model, data, ancestors, {"dev": data})
-    for line in log_of(tmp_path)[::2]:
-        assert len(line["gradient_share"]) == 4 and min(line["gradient_share"].values()) > 0
+    assert main(command(tmp_path, "movement", "--dtype", "bf16")) == 0
+    assert min(min(line["gradient_share"].values()) for line in steps_of(tmp_path)) > 0
 
 
 def test_soft_run(command, tmp_path, monkeypatch):
@@ -1054,39 +1032,27 @@ def test_structured_run(whole, pretrained):
         assert torch.equal(model.bert.embeddings.state_dict()[name], weight)
 
 
-@pytest.fixture(scope="session")
-def regression(command, tmp_path_factory):
-    """Folder of a run of STS-B without contrastive terms; the label is one column of ten."""
-    folder = tmp_path_factory.mktemp("stsb")
-    (folder / "STS-B").mkdir()
+def test_regression_and_pairs(command, tmp_path):
+    """One output, squared errors, Pearson and Spearman: movement pruning with distillation. The
+    label is one column of ten; transformers' pipeline answers with the value itself."""
+    (tmp_path / "STS-B").mkdir()
     header = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
     rows = [f"{i}\t.\t.\t.\t.\t.\t.\tgood film\t{'good ' * (i % 5)}\t{i % 5}" for i in range(48)]
     for name in ("train.tsv", "dev.tsv"):
-        (folder / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
-    out = folder / "run"
-    assert main(command(out, "movement", "--task", "stsb", "--data-dir", str(folder), "--epochs",
+        (tmp_path / "STS-B" / name).write_text("\n".join([header.replace(" ", "\t"), *rows]))
+    run = tmp_path / "run"
+    assert main(command(run, "movement", "--task", "stsb", "--data-dir", str(tmp_path), "--epochs",
                         "3", "--without", "snc", "prc", "fic")) == 0
-    return out
-
-
-def test_regression_and_pairs(regression):
-    """One output, squared errors, Pearson and Spearman: movement pruning with distillation."""
-    assert set(record_of(regression)["pruned"]) == {"pearson", "spearman"}
-    dense = record_of(regression)["dense"]
-    assert dense["pearson"] > 0.9  # the number of words decides: can be learnt
-    assert set(steps_of(regression)[-1]["gradient_share"]) == {"ce", "kd"}
-    assert from_pretrained(regression / "model", None).config.num_labels == 1
-
-
-def test_regression_in_transformers_pipeline(regression):
-    """It answers with the value itself."""
+    assert set(record_of(run)["pruned"]) == {"pearson", "spearman"}
+    assert record_of(run)["dense"]["pearson"] > 0.9  # the number of words decides: can be learnt
+    assert set(steps_of(run)[-1]["gradient_share"]) == {"ce", "kd"}
+    model, tokenizer = from_pretrained(run / "model", None), WordPiece(run / "model" / "vocab.txt")
+    batch = encode_task([Example("good film", "good good", 2.0)], tokenizer).batch(torch.tensor([0]))
+    value, = model(*cap_min.inputs(batch))[0].flatten().tolist()  # of the only output
     transformers = pytest.importorskip("transformers")
-    said = transformers.pipeline("text-classification", str(regression / "model"))(
+    said = transformers.pipeline("text-classification", str(run / "model"))(
         {"text": "good film", "text_pair": "good good"})
-    ids, segments = WordPiece(regression / "model" / "vocab.txt").encode("good film", "good good")
-    model = from_pretrained(regression / "model", None)
-    logits, _ = model(tensor([ids], LONG), token_type_ids=tensor([segments], LONG))
-    assert said["score"] == pytest.approx(logits.item(), abs=1e-5)
+    assert said["score"] == pytest.approx(value, abs=1e-5)
 
 
 def test_what_is_random_is_a_function_of_its_place(monkeypatch):
@@ -1160,14 +1126,10 @@ def work(options, rank, count, port):
     sys.exit(main(options))
 
 
-def free_port():
-    with socket.create_server(("localhost", 0)) as free:
-        return str(free.getsockname()[1])
-
-
 def start(options, count=1):
     """`count` processes at work on one run."""
-    port = free_port()
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
     started = [FORKS.Process(target=work, args=(options, i, count, port)) for i in range(count)]
     for process in started:
         process.start()
@@ -1277,6 +1239,7 @@ def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_p
                "--lr", "1e-5"]
     one, two, both = (command(tmp_path / name, method, *options) for name in ("one", "two", "both"))
     assert main(one) == 0 and ends(start(two, 2)) == [0, 0]
+    assert "2 processes" in record_of(tmp_path / "two")["versions"]["machine"]
     if method == "movement":
         both += ["--checkpoint-minutes", "0"]
         kill_after(tmp_path / "both" / "log.jsonl", 45, 0, start(both, 2))
@@ -1289,33 +1252,12 @@ def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_p
         assert first["gradient_share"] == pytest.approx(second["gradient_share"], abs=2e-3)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_machines(shared, pretrained, glue, tmp_path, capfd):
-    """Two agents of torchrun with two processes each, and caches of their own that hold model and
-    data. If they have no run folder in common, one sentence tells it."""
-    agents, port = [], free_port()
-    options = ["--task", "sst2", "--epochs", "2", "--max-train", "50", "--batch-size", "8",
-               "--max-length", "16", "--device", "cpu", "--out"]
-    for node in ("0", "1"):
-        shutil.copytree(glue, tmp_path / node / "glue")
-        shutil.copytree(pretrained, tmp_path / node / "bert-base-uncased")
-        out = tmp_path / "run" if shared else tmp_path / node / "run"
-        agents.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
-             "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "2",
-             HERE / "cap_min.py", *options, out], stdout=subprocess.DEVNULL,
-            env=os.environ | {"CAP_CACHE": str(tmp_path / node), "OMP_NUM_THREADS": "1"}))
-    status = [agent.wait() for agent in agents]
-    if not shared:
-        folder = tmp_path / "1" / "run"
-        assert status[1] != 0
-        assert f"{folder} is not the folder that process 0 writes to" in capfd.readouterr().err
-        return
-    assert status == [0, 0]
-    record = record_of(tmp_path / "run")
-    assert record["sparsity"]["kept"] == 2 * (4 * round(0.03 * 256) + 2 * round(0.03 * 512))
-    assert "4 processes" in record["versions"]["machine"]
-    assert record["config"]["model"] == "bert-base-uncased" and not record["config"]["data_dir"]
+def test_a_machine_that_does_not_share_the_run_folder(command, tmp_path, monkeypatch, capsys):
+    """The second process of two, which sees nothing of what the first one writes."""
+    monkeypatch.setattr(cap_min, "rank", lambda: 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert main(command(tmp_path)) == 2
+    assert f"{tmp_path} is not the folder that process 0 writes to" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------- other devices
@@ -1351,7 +1293,6 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
 @pytest.mark.parametrize("options, sentence", [
     (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
     (["--model", "nowhere"], "nowhere: no such folder"),
-    (["--teacher", "nowhere"], "nowhere: no such folder"),
     (["--data-dir", "nowhere"], "nowhere/SST-2/train.tsv"),
     (["--max-length", "33"], "the model's 32 positions"), (["--max-length", "1"], "--max-length 1"),
     (["--epochs", "1", "--batch-size", "10"], "5 steps with --warmup 0.09 have no room"),
@@ -1457,8 +1398,6 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task, text, sentence", [
-    ("sst2", b"sentence\tlabel\ngood\t1\nbad\t2\n", "line 3: label '2', not one of 0, 1"),
-    ("sst2", b"sentence\tlabels\ngood\t1\n", "line 1: no column 'label', only ['sentence', 'l"),
     ("sst2", b"sentence\tlabel\ngood 1\n", "line 2: 1 columns, not 2"),
     ("sst2", b"sentence\tlabel\nso\tgood\t1\n", "line 2: 3 columns, not 2"),
     ("sst2", b"sentence\tlabel\n", "no examples"),
@@ -1489,7 +1428,6 @@ def test_bad_data_is_named_by_file_and_line(task, text, sentence, tmp_path):
     # as the datasets library writes them
     ("cola", "sentence\tlabel\tidx\nIt was good.\t0\t0\n", ("It was good.", None, 0)),
     ("snli", "premise\thypothesis\tlabel\na\tb\t-1\nd\tc\t2\n", ("d", "c", 2)),
-    ("rte", "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\n", ("a", "b", 1)),
     ("mrpc", "sentence1\tsentence2\tlabel\tidx\na\tb\t0\t7\n", ("a", "b", 0)),
     ("stsb", "sentence1\tsentence2\tlabel\na\tb\t3.799999952316284\n",
      ("a", "b", 3.799999952316284)),
@@ -1523,23 +1461,18 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
     old["cls.predictions.bias"] = torch.zeros(3)
     wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in old.items()}
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "pytorch_model.bin")
-    for name in ("pytorch_model.bin", "model.safetensors"):
-        model = from_pretrained(tmp_path, num_labels=3)
-        state = model.bert.state_dict()
-        assert not model.training
-        for key, weight in state.items():
-            assert torch.equal(weight, wanted["bert." + key].bfloat16().float())
-        assert (f"{tmp_path / name}: ignored 1 tensors ['cls.predictions.bias'], newly initialised "
-                "['classifier.weight', 'classifier.bias']\n") == capsys.readouterr().out
-        save_safetensors(old, tmp_path / "model.safetensors")
+    model = from_pretrained(tmp_path, num_labels=3)
+    assert not model.training
+    for name, weight in model.bert.state_dict().items():
+        assert torch.equal(weight, wanted["bert." + name].bfloat16().float())
+    assert ("pytorch_model.bin: ignored 1 tensors ['cls.predictions.bias'], newly initialised "
+            "['classifier.weight', 'classifier.bias']\n") in capsys.readouterr().out
     from_pretrained(pretrained, num_labels=3)
     assert not capsys.readouterr().out
     del old["pooler.dense.weight"], old["pooler.dense.bias"]
     save_safetensors(old, tmp_path / "model.safetensors")
     from_pretrained(tmp_path)
     assert "newly initialised ['bert.pooler.dense.weight', 'bert.poo" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="missing .* .'bert.pooler.dense.weight"):
-        from_pretrained(tmp_path, num_labels=None)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).rename(tmp_path / f"{name}.index.json")
     with pytest.raises(ValueError, match="several files; load it in transformers and save it with"):
@@ -1547,8 +1480,8 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("weight, sentence", [
-    (torch.zeros(0), "missing or of another shape"), (torch.zeros(16, 15), "of another shape"),
-    (torch.zeros(16, 16, dtype=LONG), "or type than"), (torch.full((16, 16), math.nan), "damaged"),
+    (torch.zeros(16, 15), "of another shape"), (torch.zeros(16, 16, dtype=LONG), "or type than"),
+    (torch.full((16, 16), math.nan), "damaged"),
     (torch.full((16, 16), 1e300, dtype=DOUBLE), "damaged")])
 def test_weights_that_do_not_fit_are_refused(weight, sentence, pretrained, tmp_path):
     """A misshapen or whole-number tensor is named, and so is one with a NaN or with what double
@@ -1576,7 +1509,6 @@ def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
 
 @pytest.mark.parametrize("name, content, sentence", [
     ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
-    ("vocab.txt", b"[PAD]\n\xff\n", "vocab.txt, line 2: not valid UTF-8"),
     ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nGo\nIs", "6 pieces have upper-case letters"),
     ("tokenizer_config.json", b'{"do_lower_case": "no"}', "do_lower_case is neither true nor"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"45": {"content": "<e>"}}}', "<e>"),
@@ -1587,14 +1519,12 @@ def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
     ("tokenizer.json", tokenizer_json(first=1), "pieces are not numbered from 0"),
     ("tokenizer.json", b'{"model": 3}', "its tokenizer is not known here"),
     *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
-      for content in (b"", b"[]", b"\xff", b"[" * 9999, b"9" * 5000)),
+      for content in (b"[]", b"[" * 9999)),
     ("config.json", b"", "config.json: damaged, not a JSON file"),
     ("config.json", b'{"model_type": "roberta"}', "model_type is 'roberta', not 'bert'"),
     ("config.json", b'{"hidden_act": "relu"}', "hidden_act is 'relu', not 'gelu'"),
     *(("config.json", content, "config.json: impossible sizes")
-      for content in (b'{"hidden_size": "16"}', b'{"num_attention_heads": 0}',
-                      b'{"vocab_size": -1}', b'{"vocab_size": 9223372036854775808}',
-                      b'{"pad_token_id": 40000}', b'{"hidden_dropout_prob": 2}')),
+      for content in (b'{"hidden_size": "16"}', b'{"num_attention_heads": 0}')),
     ("config.json", b'{"id2label": ["good", "bad"]}', "config.json: id2label"),
     ("config.json", b'{"vocab_size": 1000000000000}', "tensors are missing or of another shape"),
 ])
@@ -1609,15 +1539,13 @@ def test_damaged_model_folders_are_refused(name, content, sentence, pretrained, 
 
 @pytest.mark.parametrize("old, new, size", [
     (b"", b"", 31), (b"", b"", 33), (b"[0, 24]", b"[4, 28]", 32), (b"[2, 3]", b"[2, 4]", 32),
-    (b"[2, 3]", b"[-2, -3]", 32), (b"F32", b"F31", 32), (b"[24, 32]", b"[16, 24]", 32),
-    (b"[24, 32]", b"[24]", 32), (b"[2, 3]", b"[2.0, 3]", 32), (b"[2, 3]", b"[%d]" % 2 ** 64, 32),
-    (b"[2, 3]", b"[%s6]" % (b"6, " * 999), 32), (b"}}", b"}}" + b" " * 10 ** 7, 32),
+    (b"[2, 3]", b"[-2, -3]", 32), (b"F32", b"F31", 32), (b"[2, 3]", b"[%s6]" % (b"6, " * 999), 32),
     (b'"a": {"dtype": "F32", "shape": [2, 3]', b'"a\\n": {"dtype": "F32", "shape": [-6]', 32),
-    (b"{", b"[", 32), (b"{", b"{" * 5000, 32)])
+    (b"}}", b"}}" + b" " * 10 ** 7, 32), (b"{", b"{" * 5000, 32)])
 def test_damaged_safetensors_are_refused(old, new, size, tmp_path):
-    """Cut short, longer than it says, shifted, misshapen, of an unknown type, overlapping, of 2^64
-    numbers or 1000 dimensions, with an odd name, a header of 10 MB or of something else: one
-    sentence that names the file. The sound file, with 32 bytes of data, loads."""
+    """Cut short, longer than it says, shifted, misshapen, of an unknown type or 1000 dimensions,
+    with an odd name, a header of 10 MB or of something else: one sentence that names the file. The
+    sound file, with 32 bytes of data, loads."""
     path = tmp_path / "weights"
     save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
     assert load_safetensors(path)["b"].tolist() == [1, 1]
@@ -1634,15 +1562,13 @@ class Bomb:
         return (Path.touch, (Path("ran"),))  # what unpickling calls
 
 
-@pytest.mark.parametrize("content", [[], {"model": {"a": torch.ones(1)}}, {"a": 1.0}, Bomb()])
+@pytest.mark.parametrize("content", [[], {"a": 1.0}, Bomb()])
 def test_pickles_of_other_things_are_refused(content, tmp_path, monkeypatch):
-    """Lists, nested containers, numbers, what would run code, and a file that is cut short."""
+    """A list, a number in place of a tensor, and what would run code."""
     monkeypatch.chdir(tmp_path)
     torch.save(content, "model.bin")
-    for _ in range(2):
-        with pytest.raises(ValueError, match="model.bin: not a weight file of tensors alone"):
-            bert_min.load_bin("model.bin")
-        Path("model.bin").write_bytes(Path("model.bin").read_bytes()[:-200])
+    with pytest.raises(ValueError, match="model.bin: not a weight file of tensors alone"):
+        bert_min.load_bin("model.bin")
     assert not Path("ran").exists()
 
 
@@ -1653,26 +1579,20 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("answer, reason", [
-    (b"HTTP/1.0 200 OK\r\n\r\nother", "invalid hash value"), (b"nonsense\r\n", "nonsense"),
-    (b"HTTP/1.0 404 Not Found\r\n\r\n", "404"), (b"", "without response"), (None, "refused")])
-def test_a_download_that_fails_leaves_nothing(answer, reason, tmp_path):
-    """Other bytes, an answer that is none, no file, no answer, no server: one sentence names
-    address, cause and the place where the file can be put by hand."""
+def test_a_download_that_fails_leaves_nothing(tmp_path):
+    """The server's answer is none of HTTP: one sentence names address, cause and the place where
+    the file can be put by hand."""
     path, server = tmp_path / "cache" / "big", socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{server.getsockname()[1]}/big"
 
     def serve():
         with server, server.accept()[0] as connection:
             connection.recv(9999)
-            connection.sendall(answer)
+            connection.sendall(b"nonsense\r\n")
 
-    if answer is None:
-        server.close()
-    else:
-        threading.Thread(target=serve, daemon=True).start()
-    with pytest.raises(OSError, match=rf"^{address} could not be downloaded \(.*{reason}.*\); put "
-                                      f"the file at {path} by hand, or pass --model or --data-dir"):
+    threading.Thread(target=serve, daemon=True).start()
+    with pytest.raises(OSError, match=rf"^{address} could not be downloaded \(nonsense\); put the "
+                                      f"file at {path} by hand, or pass --model or --data-dir"):
         bert_min.download(address, path, "0" * 64)
     assert not list(path.parent.iterdir())
 
@@ -1687,14 +1607,14 @@ def served(tmp_path, monkeypatch):
     return tmp_path / "served"
 
 
-def test_bert_base_is_downloaded_by_name(served, pretrained, monkeypatch):
+def test_bert_base_is_downloaded_by_name(served, pretrained, vocab, monkeypatch):
     """Three files, each with its SHA-256; what is there is not asked for again."""
     names = ("config.json", "vocab.txt", "model.safetensors")
     for name in names:
         shutil.copy(pretrained / name, served)
     right = {name: sha256(served / name) for name in names}
     monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right | {"vocab.txt": "0" * 64})
-    with pytest.raises(OSError, match="vocab.txt could not be downloaded"):
+    with pytest.raises(OSError, match=r"vocab.txt could not be downloaded \(invalid hash"):
         from_pretrained("bert-base-uncased")
     cache = served.parent / "cache" / "bert-base-uncased"
     assert [path.name for path in cache.iterdir()] == ["config.json"]
@@ -1703,14 +1623,25 @@ def test_bert_base_is_downloaded_by_name(served, pretrained, monkeypatch):
     got, wanted = from_pretrained("google-bert/bert-base-uncased"), from_pretrained(pretrained)
     for name, weight in wanted.bert.state_dict().items():
         assert torch.equal(got.bert.state_dict()[name], weight)
+    config = cap_min.run_config(cap_min.parse(["--task", "sst2"]), toy_data(vocab), got, None)
+    assert config["model"] == "bert-base-uncased" and config["data_dir"] is None
+
+
+TINY_NUMBERS = ("import os, torch, cap_min; cap_min.main(['--device', 'none'])\n"
+                "torch.set_num_threads(2)\n"
+                "print(int((torch.full((1_000_000,), 2e-38) / 10).count_nonzero()),"
+                " os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])")
 
 
 @pytest.mark.parametrize("code, variables, status, printed", [
     ("import sys; sys.version_info = (3, 9); import cap_min", {}, 2, "error: Python 3.10 or newer"),
     ("import bert_min; print(bert_min.BERT_BASE_URL)", {"HF_ENDPOINT": "https://mirror"}, 0,
-     "https://mirror/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f72")])
-def test_what_is_decided_at_import(code, variables, status, printed):
-    """An old Python is refused before any work; a mirror of the hub is asked in its place."""
+     "https://mirror/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f72"),
+    (TINY_NUMBERS, {}, 0, "\n0 16384\n"),
+    (TINY_NUMBERS, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, 0, "\n0 7\n")])
+def test_what_is_decided_as_a_process_starts(code, variables, status, printed):
+    """An old Python is refused before any work; a mirror of the hub is asked in its place; after
+    `main`, of a million denormal numbers, here 2e-38 / 10, none is left in torch's threads."""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=os.environ | variables,
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == status and printed in done.stdout
