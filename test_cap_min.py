@@ -1512,12 +1512,11 @@ def test_damaged_model_folders_are_refused(name, content, sentence, pretrained, 
 @pytest.mark.parametrize("old, new, size", [
     (b"", b"", 31), (b"", b"", 33), (b"[0, 24]", b"[4, 28]", 32), (b"[2, 3]", b"[2, 4]", 32),
     (b"[24, 32]", b"[24, 31]", 32), (b"[2, 3]", b"[-2, -3]", 32), (b"F32", b"F31", 32),
-    (b'"a": {"dtype": "F32", "shape": [2, 3]', b'"a\\n": {"dtype": "F32", "shape": [-6]', 32),
     (b"[2, 3]", b"[%s6]" % (b"6, " * 999), 32), (b"}}", b"}}" + b" " * 10 ** 7, 32),
     (b"{", b"{" * 5000, 32)])
 def test_damaged_safetensors_are_refused(old, new, size, tmp_path):
     """Cut short, longer than it says, shifted, misshapen, of an unknown type or 1000 dimensions,
-    with an odd name or header: one sentence names the file. The sound one has 32 bytes of data."""
+    with an odd header: one sentence names the file. The sound one has 32 bytes of data."""
     path = tmp_path / "weights"
     save_safetensors({"a": torch.ones(2, 3), "b": torch.ones(2)}, path)
     assert load_safetensors(path)["b"].tolist() == [1, 1]
