@@ -51,7 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 
 if sys.version_info < (3, 10):
     print("error: Python 3.10 or newer is needed", file=sys.stderr)
@@ -75,15 +75,13 @@ def topk_mask(scores, density):
 
 def topk_masks(matrices, density):
     """`topk_mask` of each of these matrices, which have one shape."""
-    first = matrices[0]
-    k = max(1, round(density * first.numel()))  # eq. (1)
-    if k >= first.numel():
-        return [torch.ones_like(first, dtype=torch.bool) for _ in matrices]
-    if first.device.type == "cpu":
+    shape = matrices[0].shape
+    k = max(1, round(density * shape.numel()))  # eq. (1)
+    if matrices[0].device.type == "cpu":
         masks = [torch.from_numpy(largest(matrix.flatten().numpy(), k)) for matrix in matrices]
     else:
         masks = largest_of_rows(torch.stack(matrices).flatten(1), k)
-    return [mask.view(first.shape) for mask in masks]
+    return [mask.view(shape) for mask in masks]
 
 
 def largest_of_rows(rows, k):
@@ -151,13 +149,12 @@ class Mask(nn.Module):
 
     def __init__(self, weight, score_init):
         super().__init__()
+        weight, self.scores = weight.detach(), None
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
-        self.scores = None
         if score_init == "zero":
             self.scores = nn.Parameter(torch.zeros_like(weight))
         elif score_init == "magnitude":
-            deviation = weight.detach().std().clamp_min(1e-12)
-            self.scores = nn.Parameter(weight.detach().abs() / deviation)
+            self.scores = nn.Parameter(weight.abs() / weight.std().clamp_min(1e-12))
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
@@ -176,24 +173,22 @@ def add_masks(model, score_init):
         parametrize.register_parametrization(layer, "weight", Mask(layer.weight, score_init))
 
 
-def masks_and_scores(model):
-    """[(Mask, its scores, or |W| where it has none), ...] of all layers."""
-    pairs = []
-    for layer in encoder_linears(model).values():
-        mask = layer.parametrizations.weight[0]
-        scores = mask.scores
-        if scores is None:
-            scores = layer.parametrizations.weight.original.abs()
-        pairs.append((mask, scores.detach()))
-    return pairs
+def masks_of(model):
+    """The `Mask`s of all layers."""
+    return [module for module in model.modules() if isinstance(module, Mask)]
 
 
 def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
+    # matrices of one shape are searched together
     by_shape = {}
-    for module, scores in masks_and_scores(model):
-        by_shape.setdefault(scores.shape, []).append((module, scores))
+    for layer in encoder_linears(model).values():
+        weight = layer.parametrizations.weight
+        scores = weight[0].scores
+        if scores is None:  # magnitude pruning
+            scores = weight.original.abs()
+        by_shape.setdefault(scores.shape, []).append((weight[0], scores.detach()))
     for group in by_shape.values():
         modules, matrices = zip(*group)
         for module, mask in zip(modules, topk_masks(matrices, density)):
@@ -207,15 +202,12 @@ def set_soft_masks(model, density, sparsity, exact):
     """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
     rises from 0 to SOFT_THRESHOLD; but at most, or if `exact` exactly, the fraction `density`.
     NOTE deviation: so the density never exceeds eq. (3)."""
-    pairs = masks_and_scores(model)
-    scores = torch.cat([scores.flatten() for _, scores in pairs])
+    modules = masks_of(model)
+    scores = parameters_to_vector([module.scores for module in modules]).detach()
     mask = topk_mask(scores, density)
     if not exact:
         mask &= scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
-    # to each matrix its part
-    parts = mask.split([scores.numel() for _, scores in pairs])
-    for (module, scores), part in zip(pairs, parts):
-        module.mask = part.view(scores.shape)
+    vector_to_parameters(mask, [module.mask for module in modules])
 
 
 def pruned_fraction(density, sparsity):
@@ -247,12 +239,7 @@ def linear_lr(step, total, warmup):
     """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
     if step < warmup:
         return step / warmup
-    return (total - step) / max(1, total - warmup)
-
-
-def warmup_steps(args, total):
-    """Steps of the learning rate's warm-up."""
-    return round(args.warmup * total)
+    return (total - step) / (total - warmup)
 
 
 # ------------------------------------------------------------------- sparsity report
@@ -435,8 +422,7 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 def soft_penalty(model, density, args):
     """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
     over matrices of the mean of sigmoid(S)."""
-    means = [module.scores.sigmoid().mean() for module in model.modules()
-             if isinstance(module, Mask)]
+    means = [module.scores.sigmoid().mean() for module in masks_of(model)]
     penalty = args.penalty * pruned_fraction(density, args.sparsity)
     return penalty * torch.stack(means).mean()  # eq. (8), CAP-soft
 
@@ -522,7 +508,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
         first = run.stage * args.epochs
         last = first + args.epochs
     total = (last - first) * steps
-    warmup = warmup_steps(args, total)
+    warmup = round(args.warmup * total)
     warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
     optimizer = make_optimizer(model, args)
     if run.saved is not None:
@@ -541,8 +527,8 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             step = (run.epoch - first) * steps + run.batch
             chance = randomness(args.seed, run.epoch, run.batch)
             # density and masks of this step, eq. (1) and (3), and its learning rates
-            if masked:
-                density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+            density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+            if masked and density < 1:  # before, the masks keep all
                 if args.method == "soft":
                     set_soft_masks(model, density, args.sparsity, exact=step >= total - cool)
                 else:
@@ -1187,7 +1173,7 @@ def settle_schedule(args, size):
     if args.method == "structured":  # which has no schedule of densities
         return
     total = args.epochs * math.ceil(size / args.batch_size)
-    warmup = warmup_steps(args, total)
+    warmup = round(args.warmup * total)
     if warmup < 1 or total < 5 * warmup + 2:
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
                          " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
