@@ -275,7 +275,6 @@ def encode(model, data, dtype="fp32", tokens=2 ** 13):
     gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
     Of several processes each encodes every n-th batch; all have all vectors."""
     device, was_training = model.classifier.weight.device, model.training
-    # a row for each example, in the order of the data
     pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
     with torch.no_grad(), autocast(device, dtype), parametrize.cached():  # each W' is made once
@@ -287,8 +286,8 @@ def encode(model, data, dtype="fp32", tokens=2 ** 13):
 
 
 def to_bank(pooled):
-    """Vectors (N, D) as a bank has them: of length 1, in half precision."""
-    return F.normalize(pooled, dim=-1).half()
+    """Vectors (N, D) as a bank's file has them: of length 1, in half precision."""
+    return F.normalize(pooled, dim=-1).half().cpu()
 
 
 @dataclass
@@ -301,14 +300,13 @@ class Ancestors:
 
 
 def store_ancestors(run, model, teacher, data):
-    """Encode the training set by the pre-trained `model` and the `teacher`, into the run folder.
-    Both are done once: neither ever changes."""
+    """Encode the training set by the pre-trained `model` and the `teacher`, which never change."""
     pooled = encode(teacher, data, run.args.dtype)  # (N, D)
-    run.store("logits", teacher.classifier(pooled).detach())
+    run.write("logits", teacher.classifier(pooled).detach().cpu())
     if "fic" not in run.args.without:
-        run.store("fic-0", to_bank(pooled))
+        run.write("fic-0", to_bank(pooled))
     if "prc" not in run.args.without:
-        run.store("prc-0", to_bank(encode(model, data, run.args.dtype)))
+        run.write("prc-0", to_bank(encode(model, data, run.args.dtype)))
 
 
 def load_ancestors(run, data, device):
@@ -316,25 +314,16 @@ def load_ancestors(run, data, device):
     banks = {}
     for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
         if name not in run.args.without:
-            banks[name] = [load_bank(run, f"{name}-{i}", device) for i in range(count)]
-    labels = data.labels.round().to(device)
-    return Ancestors(banks, run.stored("logits").to(device), labels)
-
-
-def load_bank(run, name, device):
-    """The vectors (N, D) of one ancestor: on a GPU if they take at most half of what is free there,
-    else in a memory-mapped file, of which the system keeps in memory what fits."""
-    vectors = run.stored(name)
-    if device.type == "cuda" and vectors.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
-        vectors = vectors.to(device)
-    return vectors
+            banks[name] = [run.read(f"{name}-{i}", device) for i in range(count)]
+    logits = run.read("logits", device).to(device)
+    return Ancestors(banks, logits, data.labels.round().to(device))
 
 
 def add_snapshot(run, model, data, ancestors):
     """Enter the model as it is now in SnC."""
-    name, device = f"snc-{run.snapshots}", model.classifier.weight.device
-    run.store(name, to_bank(encode(model, data, run.args.dtype)))
-    ancestors.banks["snc"].append(load_bank(run, name, device))
+    name = f"snc-{run.snapshots}"
+    run.write(name, to_bank(encode(model, data, run.args.dtype)))
+    ancestors.banks["snc"].append(run.read(name, ancestors.labels.device))
     run.snapshots += 1
 
 
@@ -460,12 +449,13 @@ def pruning_epochs(args):
 
 
 def make_optimizer(model, args):
-    """Adam on the weights, and on the scores with a learning rate of their own."""
-    # two groups, whose learning rates each step sets
+    """Adam, with learning rates of their own for weights and scores, which each step sets."""
     weights, scores = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (scores if name.endswith("scores") else weights).append(parameter)
+        if name.endswith("scores"):
+            scores.append(parameter)
+        else:
+            weights.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
     return torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
 
@@ -492,8 +482,8 @@ def batch_terms(model, batch, ancestors, chance, args):
     pooled = gather(own_pooled.float(), len(labels))  # (B, D)
     # E: rows of the training set; all, if it has no more
     size = len(ancestors.labels)
-    rows = torch.from_numpy(chance.choice(size, min(args.extra, size), replace=False))
-    extra = sent(rows, labels.device)
+    rows = chance.choice(size, min(args.extra, size), replace=False)
+    extra = sent(torch.from_numpy(rows), labels.device)
     return cap_terms(logits, pooled, batch, ancestors, extra, args), own_pooled
 
 
@@ -502,21 +492,22 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     which has no ancestors, and of the pruned model. ValueError if a loss that is logged is not
     finite, or a weight that would be saved. dev_sets: scored after each epoch of pruning."""
     args, device = run.args, model.classifier.weight.device
-    steps = math.ceil(len(data) / args.batch_size)  # of an epoch
+    # epochs and steps of the stage
     first, last = 0, TEACHER_EPOCHS
-    if run.stage != TEACHER:
-        first = run.stage * args.epochs
-        last = first + args.epochs
+    if ancestors is not None:
+        first, last = run.stage * args.epochs, (run.stage + 1) * args.epochs
+    steps = math.ceil(len(data) / args.batch_size)  # of an epoch
     total = (last - first) * steps
     warmup = round(args.warmup * total)
     warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
+    # the model and its optimizer, as they were if the run was stopped in this stage
     optimizer = make_optimizer(model, args)
     if run.saved is not None:
         run.load(model, optimizer)
     else:  # a stop from here on leads back to here
         run.save(model, optimizer)
     replica = distribute(model)
-    masked = run.stage != TEACHER and args.method != "structured"
+    masked = ancestors is not None and args.method != "structured"
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
@@ -545,7 +536,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             to_log = step % LOG_EVERY == 0 or ends_epoch
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
-                check_finite(values.items(), step)
+                check_finite(values, step)
                 shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
@@ -558,11 +549,10 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             if to_log:
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
-                kept = 1 - sparsity_report(model)["total"]
-                entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
-                         "lr": args.lr * factor, "loss": sum(values.values()), **values,
-                         "gradient_share": shares, "ms": round(1000 * seconds, 1),
-                         "examples_per_second": round(args.batch_size / seconds, 1)}
+                entry = {"step": first * steps + step, "epoch": run.epoch,
+                         "kept": 1 - sparsity_report(model)["total"], "lr": args.lr * factor,
+                         "loss": sum(values.values()), **values, "gradient_share": shares,
+                         "ms": 1000 * seconds, "examples_per_second": args.batch_size / seconds}
                 run.log(**entry)
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
                 line = f"{step + 1}/{total} | {step_line(entry, values, device)} | {eta}"
@@ -571,25 +561,25 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1, kept)
+            after_epoch(run, model, data, ancestors, dev_sets, entry)
     run.save(model, optimizer)
 
 
-def after_epoch(run, model, data, ancestors, dev_sets, step, kept):
+def after_epoch(run, model, data, ancestors, dev_sets, entry):
     """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
-    last epoch; and a dev score."""
+    last epoch; and a dev score. entry: the epoch's last one in the log."""
     args, epochs = run.args, pruning_epochs(run.args)
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
     scores = evaluate(model, args.task, dev_sets, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
-    run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
+    run.log(step=entry["step"], epoch=entry["epoch"], kept=entry["kept"], dev=scores)
 
 
 def check_finite(named, step):
-    """ValueError with the name of the first number or tensor that is not finite."""
-    for name, value in named:
+    """ValueError with the name of the first of {name: number or tensor} that is not finite."""
+    for name, value in named.items():
         if not torch.as_tensor(value).isfinite().all():
             raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
                              "saved before is kept")
@@ -641,25 +631,22 @@ def importance(run, model, data, ancestors):
     lists with a vector for each layer: (H,) of the heads and (F,) of the neurons.
 
     A mask m on feature f, which column f of the matrix W reads, has dL/dm = sum_d W_df dL/dW_df."""
-    args, device = run.args, model.classifier.weight.device
-    # the matrices that read what heads and neurons put out, in turn
+    args, config = run.args, model.config
+    # the matrices that read what heads and neurons put out, in turn, and the columns of a unit
     readers = []
     for layer in model.bert.encoder["layer"]:
         readers += [layer.attention["output"].dense.weight, layer.output.dense.weight]
+    widths = [config.hidden_size // config.num_attention_heads, 1] * config.num_hidden_layers
     sums = [0.0] * len(readers)
-    width = model.config.hidden_size // model.config.num_attention_heads
-    # the loss of every batch, as in a step
+    # the loss of every batch, as in a step, and its gradient for every unit
     model.eval()
-    for i, batch in enumerate(batches(data.to(device), args.batch_size, args.seed, 0)):
+    for i, batch in enumerate(batches(data.to(readers[0].device), args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
         terms, _ = batch_terms(model, batch, ancestors, chance, args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
-        # its gradient for every unit
         for j, gradient in enumerate(gradients):
-            per_column = (readers[j].detach() * summed(gradient) / processes()).sum(0)
-            if j % 2 == 0:  # a head has several columns
-                per_column = per_column.view(-1, width).sum(1)
-            sums[j] += per_column.abs()
+            columns = (readers[j].detach() * summed(gradient) / processes()).sum(0)
+            sums[j] += columns.view(-1, widths[j]).sum(1).abs()
     return sums[::2], sums[1::2]
 
 
@@ -693,12 +680,11 @@ def remove_units(model, heads, neurons):
         of_heads = heads[i].repeat_interleave(width)  # a head has several rows
         for writer, reader, chosen in (("attention.self.", "attention.output.", of_heads),
                                        ("intermediate.", "output.", neurons[i])):
-            # rows and biases of what makes a unit's output
+            # rows and biases of what makes a unit's output, and columns of what reads it
             for name in state:
                 if name.startswith(layer + writer):
                     state[name] = state[name][chosen]
-            # columns of what reads it
-            name = layer + reader + "dense.weight"
+            name = f"{layer}{reader}dense.weight"
             state[name] = state[name][:, chosen]
     small.load_state_dict(state)
     return small
@@ -709,14 +695,12 @@ def remove_least_important(run, model, data, ancestors, sparsity):
     fraction `sparsity` of the original heads, and of the neurons, is then gone. NOTE deviation: a
     layer may lose all of them."""
     say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
-    heads, neurons = importance(run, model, data, ancestors)
-    config, density = model.config, 1 - sparsity
-    all_heads = config.num_hidden_layers * config.num_attention_heads
-    all_neurons = config.num_hidden_layers * config.intermediate_size
-    head_count = math.floor(density * all_heads + 1e-6)
-    neuron_count = math.floor(density * all_neurons + 1e-6)
-    return remove_units(model, most_important(heads, head_count),
-                        most_important(neurons, neuron_count))
+    config, masks = model.config, []
+    for importances, units in zip(importance(run, model, data, ancestors),
+                                  (config.num_attention_heads, config.intermediate_size)):
+        count = math.floor((1 - sparsity) * (config.num_hidden_layers * units) + 1e-6)
+        masks.append(most_important(importances, count))
+    return remove_units(model, *masks)
 
 
 # --------------------------------------------------------- run folder and checkpoint
@@ -724,7 +708,7 @@ def remove_least_important(run, model, data, ancestors, sparsity):
 
 @dataclass
 class Run:
-    """Where a run is. With the states of model and optimizer and the stored banks this is all that
+    """Where a run is. With the states of model and optimizer and the banks' files this is all that
     a stopped run needs, since all that is random in a step is a function of its position."""
 
     args: argparse.Namespace
@@ -742,21 +726,20 @@ class Run:
 
     def __post_init__(self):
         self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
-        self.last_save, self.last_tick = time.monotonic(), time.perf_counter()
+        self.last_tick = time.perf_counter()
         self.saved = None  # what a stopped run had saved, until `load` has taken it over
 
     def begin(self):
-        """Make the run folder, take over the position of a stopped run, if there is one, and cut
-        its log to what it was when this was saved. ValueError if another process uses the folder,
-        or if what was saved is damaged."""
+        """Make the run folder, or take over the position of a stopped run and cut its log to what
+        it was then. ValueError if another process uses the folder, or what was saved is damaged."""
         # its folder, for one run at a time
         if rank() == 0:
             self.args.out.mkdir(parents=True, exist_ok=True)
             write_json(self.config, self.args.out / "config.json")
             self.folder.mkdir(exist_ok=True)
-            self.lock = locked(self.folder / "lock")
+            self.log_file = locked(self.log_path)
         wait_for_all()
-        wait_for_file(self.folder / "lock")
+        wait_for_file(self.log_path)
         # where it was
         path = self.folder / "state.pt"
         if path.exists():
@@ -765,14 +748,12 @@ class Run:
             except Exception:  # torch raises half a dozen types here
                 raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
             vars(self).update(self.saved["position"])
+        wait_for_all()  # else process 0 could save before another has looked
         # without what a kill has left half written
-        wait_for_all()
         if rank() == 0:
+            self.log_file.truncate(self.log_size)
             for torn in self.folder.glob("*.tmp"):
                 torn.unlink()
-            with open(self.log_path, "a") as file:
-                file.truncate(self.log_size)
-        wait_for_all()
 
     def load(self, model, optimizer):
         """Take over the states of model and optimizer."""
@@ -782,47 +763,44 @@ class Run:
 
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
-        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch + 1}")
+        check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
         self.layer_sizes = model.config.layer_sizes
-        if rank() == 0:
-            self.log_size = self.log_path.stat().st_size
-            position = {name: value for name, value in dataclasses.asdict(self).items()
-                        if name not in ("args", "config")}
-            self.write("state", {"position": position, "model": model.state_dict(),
-                                 "optimizer": optimizer.state_dict()})
-        self.last_save = time.monotonic()
+        self.log_size = self.log_path.stat().st_size
+        position = dataclasses.asdict(self)
+        del position["args"], position["config"]
+        self.write("state", {"position": position, "model": model.state_dict(),
+                             "optimizer": optimizer.state_dict()})
 
     def due(self):
         """Whether it is time to save."""
-        return time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
-
-    def store(self, name, tensor):
-        """Write a tensor that will not change."""
-        if rank() == 0:
-            self.write(name, tensor.cpu())
-        wait_for_all()
-
-    def stored(self, name):
-        """The tensor that was stored under this name, memory-mapped."""
-        return torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
+        return time.perf_counter() - self.last_tick >= 60 * self.args.checkpoint_minutes
 
     def write(self, name, content):
-        """Write tensors, numbers and the like to checkpoint/NAME.pt; what it held before stays
-        there until all is written."""
+        """Process 0 writes tensors, numbers and the like to checkpoint/NAME.pt; what it held before
+        stays there until all is written."""
         path = self.folder / f"{name}.pt"
         try:
-            with replacing(path) as file:
-                torch.save(content, file)
+            if rank() == 0:
+                with replacing(path) as file:
+                    torch.save(content, file)
         except (OSError, RuntimeError):  # the second is torch's
             raise OSError(f"{path} could not be written: the disk may be full; what was saved "
                           "before is kept") from None
 
+    def read(self, name, device):
+        """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
+        there, else memory-mapped, so that the system keeps in memory what fits."""
+        wait_for_all()  # until it is written
+        tensor = torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
+        if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+            return tensor.to(device)
+        return tensor
+
     def log(self, **entry):
         """Append a line to log.jsonl."""
         if rank() == 0:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": self.phase, **entry}) + "\n")
+            print(json.dumps({"phase": self.phase, **entry}), file=self.log_file, flush=True)
 
     def enter(self, phase):
         """Count the time since the last call for the phase that ends, and begin another."""
@@ -832,14 +810,14 @@ class Run:
 
 
 def locked(path):
-    """An open file that no other process can lock until this one closes it or ends. ValueError if
-    another has locked it."""
-    file = open(path, "w")
+    """A file to append to, which no other process can lock until this one closes it or ends.
+    ValueError if another has locked it."""
+    file = open(path, "a", encoding="utf-8")
     try:
         import fcntl  # not there on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{path.parent.parent} is in use by another process") from None
+        raise ValueError(f"{path.parent} is in use by another process") from None
     except (ImportError, OSError):  # the second: a file system that has no locks
         pass
     return file
@@ -851,27 +829,20 @@ def wait_for_file(path):
         if path.exists():
             return
         time.sleep(1)
-    raise ValueError(f"{path.parent.parent} is not the folder that process 0 writes to: all "
-                     "machines must share it")
-
-
-PATHS = "model", "teacher", "data_dir"  # of what is known by its content
+    raise ValueError(f"{path.parent} is not the folder that process 0 writes to: all machines must "
+                     "share it")
 
 
 def run_config(args, data, model, teacher):
     """What decides the result of a run, as JSON: flags, training rows, and the weights of its
     pre-trained model and of its teacher, if one is given."""
-    config = {}
-    for name, value in vars(args).items():
-        if name in PATHS and value is not None and Path(value).exists():  # else a model's name
-            value = str(Path(value).resolve())
-        if name not in ("out", "device", "checkpoint_minutes"):
-            config[name] = value
     weights = hashlib.sha256()
     for module in (model.bert, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
                 weights.update(tensor.cpu().numpy())
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("out", "device", "checkpoint_minutes")}
     return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
 
 
@@ -882,7 +853,8 @@ def finished_record(run):
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
         for name, value in run.config.items():
-            if name not in PATHS and value != before.get(name):
+            # models and data are known by their content
+            if name not in ("model", "teacher", "data_dir") and value != before.get(name):
                 differing.append(f"{name} {before.get(name)}")
     elif out.is_file() or any(found.suffix != ".tmp" for found in out.glob("*")):
         raise ValueError(f"{out} is no run folder: choose another --out")
@@ -979,9 +951,9 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def say(*words, end="\n"):
+def say(words, end="\n"):
     if rank() == 0:
-        print(*words, end=end, flush=True)
+        print(words, end=end, flush=True)
 
 
 def wait_for_all():
@@ -1004,26 +976,15 @@ def own_part(batch):
 def gather(rows, size):
     """From the rows (b, D) of each process's part to those of the whole batch (B, D).
 
-    All n processes compute the loss of the whole batch, so the gradient of `Summed` is n times that
-    of one process, and the mean that DistributedDataParallel takes is what one would have."""
+    All n processes compute the loss of the whole batch, but each the gradient of its own rows. It
+    counts n times, since DistributedDataParallel then takes the mean."""
     if processes() == 1:
         return rows
-    # one's own rows among zeros, and the sum over processes
     whole = rows.new_zeros(size, rows.size(1))
-    whole[rank()::processes()] = rows
-    return Summed.apply(whole)
-
-
-class Summed(torch.autograd.Function):
-    """`summed` with its gradient, which is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return summed(tensor.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return summed(grad.clone())
+    whole[rank()::processes()] = rows.detach()
+    summed(whole)[rank()::processes()] = rows
+    whole.register_hook(lambda gradient: gradient * processes())
+    return whole
 
 
 def distribute(model):
@@ -1073,8 +1034,8 @@ FLAGS = {
          "threshold (CAP-soft), or |W|; structured: the importance of heads and neurons, removed "
          "in stages of 10 %% (CAP-f), with defaults of its own"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
-        ("--teacher", None, str, "folder of a fine-tuned model; None: is fine-tuned first"),
-        ("--data-dir", None, str, "folder with the task's folder; None: downloaded"),
+        ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is fine-tuned first"),
+        ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
         ("--out", None, Path, "None: runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED"),
         ("--seed", 0, number(int, 0), "of everything random"),
     ],
@@ -1135,6 +1096,8 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
+    if Path(args.model).is_dir():  # else it is a name
+        args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
     if args.out is None:
         parts = [args.task, f"{args.sparsity:g}"]
@@ -1345,12 +1308,11 @@ def cap(args):
 
     # the record, of the exported folder
     run.enter("other")
-    model = load_fine_tuned(args.out / "model", args, model.config).to(device)
+    model = from_pretrained(args.out / "model", num_labels=None).to(device)
     record = make_record(run, model, data, dev_sets)
     if rank() == 0:
         draw_curve(args.out, run.dense)
         write_json(record, args.out / "record.json")
-        run.lock.close()
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     wait_for_all()
     print_summary(args, record)

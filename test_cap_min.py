@@ -1100,8 +1100,8 @@ def stop_at(monkeypatch, name, number):
 
 @pytest.mark.parametrize("place", [
     "movement write_json 1", "movement Run.save 1", "movement randomness 10",
-    "movement torch.save 4", "movement export 1", "movement encode 1", "movement Run.store 2",
-    "movement Run.store 4", "movement Run.save 8", "movement randomness 21",
+    "movement torch.save 4", "movement export 1", "movement encode 1", "movement Run.write 10",
+    "movement Run.write 15", "movement Run.save 8", "movement randomness 21",
     "movement add_snapshot 1", "movement randomness 28", "movement export 2",
     "movement make_record 1", "movement draw_curve 1", "soft randomness 21", "soft add_snapshot 1",
     "soft randomness 28", "soft export 2", "structured importance 1", "structured randomness 25",
@@ -1181,7 +1181,7 @@ def test_the_same_command_twice_at_once_is_refused(command, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         stop_at(patch, "randomness", 9)
         assert main(command(tmp_path)) == 130
-    with cap_min.locked(tmp_path / "checkpoint" / "lock"):
+    with cap_min.locked(tmp_path / "log.jsonl"):
         assert main(command(tmp_path)) == 2
         assert f"error: {tmp_path} is in use by another process\n" == capsys.readouterr().err
     assert main(command(tmp_path)) == 0
@@ -1421,7 +1421,7 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     assert (f"error: {out}/checkpoint/state.pt could not be written: the disk may be full; what "
             "was saved before is kept\n") == capsys.readouterr().err
     files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
-    assert files == {"config.json", "log.jsonl", "lock", "whole"}
+    assert files == {"config.json", "log.jsonl", "whole"}
     assert load_safetensors(path)["a"].tolist() == [1, 1]
 
 
