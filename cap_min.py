@@ -198,14 +198,14 @@ def set_masks(model, density):
 SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 
 
-def set_soft_masks(model, density, sparsity, exact):
+def set_soft_masks(model, density, sparsity):
     """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
-    rises from 0 to SOFT_THRESHOLD; but at most, or if `exact` exactly, the fraction `density`.
-    NOTE deviation: so the density never exceeds eq. (3)."""
+    rises from 0 to SOFT_THRESHOLD; but at most the fraction `density`, and once `sparsity` is
+    reached just that. NOTE deviation: so the density never exceeds eq. (3)."""
     modules = masks_of(model)
     scores = parameters_to_vector([module.scores for module in modules]).detach()
     mask = topk_mask(scores, density)
-    if not exact:
+    if density > 1 - sparsity:
         mask &= scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
     vector_to_parameters(mask, [module.mask for module in modules])
 
@@ -348,7 +348,7 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
                          for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
-    candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
+    candidate_labels = bank_labels[candidate_index]  # (C,)
     # similarities; an anchor is none of its own candidates
     scaled = q / temperature
     among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B)
@@ -499,7 +499,6 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
     total = (last - first) * steps
     warmup = round(args.warmup * total)
-    warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
     # the model and its optimizer, as they were if the run was stopped in this stage
     optimizer = make_optimizer(model, args)
     if run.saved is not None:
@@ -518,10 +517,10 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             step = (run.epoch - first) * steps + run.batch
             chance = randomness(args.seed, run.epoch, run.batch)
             # density and masks of this step, eq. (1) and (3), and its learning rates
-            density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+            density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup, 3 * warmup)
             if masked and density < 1:  # before, the masks keep all
                 if args.method == "soft":
-                    set_soft_masks(model, density, args.sparsity, exact=step >= total - cool)
+                    set_soft_masks(model, density, args.sparsity)
                 else:
                     set_masks(model, density)
             factor = linear_lr(step, total, warmup)
@@ -916,10 +915,10 @@ CURVE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-si
 def draw_curve(folder, dense):
     """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = json.loads(lines[-1])["step"] + 1
+    entries = [json.loads(line) for line in lines]
+    steps = entries[-1]["step"] + 1
     metric, kept, dev = next(iter(dense)), "", ""
-    for line in lines:
-        entry = json.loads(line)
+    for entry in entries:
         if entry["phase"] == "prune":
             x = (entry["step"] + 1) / steps
             kept += f"{x},{entry['kept']} "
@@ -1133,6 +1132,8 @@ def choose_device(args):
 
 def settle_schedule(args, size):
     """Settles --score-init. ValueError unless `size` examples give the schedule room."""
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"
     if args.method == "structured":  # which has no schedule of densities
         return
     total = args.epochs * math.ceil(size / args.batch_size)
@@ -1146,57 +1147,45 @@ def settle_schedule(args, size):
 
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
-    # do they fit the model?
     if tokenizer.size > config.vocab_size:
         raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
     if not 3 <= args.max_length <= config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is not between 3 and the model's "
                          f"{config.max_position_embeddings} positions")
-    # some rows of the training set, the same for every seed
     encoded = {}
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
-        if split == "train" and args.max_train and args.max_train < len(rows):
-            chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
+        if split == "train" and args.max_train is not None:
+            # the same for every seed
+            count = min(args.max_train, len(rows))
+            chosen = sorted(random.Random(0).sample(range(len(rows)), count))
             rows = [rows[i] for i in chosen]
         encoded[split] = encode_task(rows, tokenizer, args.max_length)
     return encoded.pop("train"), encoded
 
 
-def load_models(args):
-    """(tokenizer, pre-trained model, and the teacher if one is given)."""
-    source, teacher = model_folder(args.model), None
-    tokenizer = load_tokenizer(source)
-    torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(source, max(1, len(TASKS[args.task].words)))
-    if args.teacher is not None:
-        teacher = load_fine_tuned(args.teacher, args, model.config)
-    return tokenizer, model, teacher
-
-
 def label_order(labels, words):
-    """The output that stands for each of the task's words, by the labels {output: label} of a
-    model; [] if not just one does. Without labels, and for one output, their order is trusted."""
+    """The output that stands for each of the task's words, None where none does, by the labels
+    {output: label} of a model. Without labels, and for one output, their order is trusted."""
     if not labels or not words:
         return list(range(max(1, len(words))))
-    order, words = [], [word.lower() for word in words]
-    for i in range(len(words)):
-        outputs = [output for output, label in labels.items() if means(label.lower(), i, words)]
-        if len(outputs) != 1:
-            return []
-        order += outputs
-    return order
+    outputs = {meaning(label, words): output for output, label in labels.items()}
+    return [outputs.get(word) for word in words]
 
 
-def means(label, i, words):
-    """Whether a label means word i: it is this word or, if it is none of them, the word's number
-    or its beginning (neg, pos)."""
-    if label in words:
-        return label == words[i]
-    if label in (str(i), f"label_{i}"):
-        return True
-    return len(label) > 2 and words[i].startswith(label)
+def meaning(label, words):
+    """The word that a label means: the word itself or, if it is none, the word whose number it is,
+    or which begins with it (neg, pos)."""
+    label = label.lower()
+    for word in words:
+        if label == word.lower():
+            return word
+    for i, word in enumerate(words):
+        begins = len(label) > 2 and word.lower().startswith(label)
+        if begins or label in (str(i), f"label_{i}"):
+            return word
+    return None
 
 
 def load_fine_tuned(folder, args, config):
@@ -1206,7 +1195,7 @@ def load_fine_tuned(folder, args, config):
     model, words = from_pretrained(folder, num_labels=None), TASKS[args.task].words
     labels = model.config.id2label
     order = label_order(labels, words)
-    if sorted(order) != list(range(model.config.num_labels)):
+    if set(order) != set(range(model.config.num_labels)):
         raise ValueError(f"{folder}: its labels are {list((labels or {}).values())}, those of "
                          f"{args.task} are {words or 'one number'}")
     for parameter in model.classifier.parameters():
@@ -1216,9 +1205,9 @@ def load_fine_tuned(folder, args, config):
     if "fic" not in args.without:
         same.append("hidden_size")
     for name in same:
-        if getattr(model.config, name) != getattr(config, name):
-            raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
-                             f"--model is {getattr(config, name)}")
+        size, wanted = getattr(model.config, name), getattr(config, name)
+        if size != wanted:
+            raise ValueError(f"{folder}: its {name} is {size}, that of --model is {wanted}")
     return model
 
 
@@ -1250,11 +1239,13 @@ def tune_cpu():
 def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
-    if args.method in ("magnitude", "structured"):  # which have no scores
-        args.score_init = "none"
     # the input: all of it is looked at before anything is written
-    device = choose_device(args)
-    tokenizer, model, teacher = load_models(args)
+    device, source, teacher = choose_device(args), model_folder(args.model), None
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(args.seed)  # of the new classifier
+    model = from_pretrained(source, max(1, len(TASKS[args.task].words)))
+    if args.teacher is not None:
+        teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
     settle_schedule(args, len(data))
     run = Run(args, run_config(args, data, model, teacher))
