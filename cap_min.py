@@ -31,7 +31,6 @@ is `train`; a step of it calls `cap_terms`, and this `contrastive_loss`.
 import argparse
 import copy
 import ctypes
-import dataclasses
 import hashlib
 import json
 import math
@@ -41,7 +40,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -98,12 +97,11 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample gives two numbers, between which the k-th largest is to be searched
-    sample = np.sort(row[::127])
-    fraction = k / len(row)
-    middle = int(len(sample) * (1 - fraction))
-    reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
-    low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
+    # a sample gives two numbers, between which the k-th largest is to be searched
+    sample, pruned = row[::127], 1 - k / len(row)
+    reach = (2 + 2.5 * math.sqrt(len(sample) * pruned * (1 - pruned))) / len(sample)
+    shares = np.clip([pruned - reach, pruned + reach], 0, 1)
+    low, high = np.quantile(sample, shares, method="nearest")
     above = row > high
     between, missing = row[~above & (row >= low)], k - np.count_nonzero(above)
     if not 0 < missing <= len(between):  # the sample misled
@@ -272,8 +270,8 @@ def autocast(device, dtype):
 
 def encode(model, data, dtype="fp32", tokens=2 ** 13):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
-    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
-    Of several processes each encodes every n-th batch; all have all vectors."""
+    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included."""
+    # of several processes each encodes every n-th batch, and all have all vectors
     device, was_training = model.classifier.weight.device, model.training
     pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
@@ -425,7 +423,7 @@ def gradient_shares(terms, pooled):
         grad, = torch.autograd.grad(term, pooled, retain_graph=True, materialize_grads=True)
         norms[name] = summed(grad.float().norm() ** 2).sqrt().item()
     total = sum(norms.values()) or 1.0
-    return {name: round(norm / total, 4) for name, norm in norms.items()}
+    return {name: norm / total for name, norm in norms.items()}
 
 
 # -------------------------------------------------------------------------- training
@@ -442,10 +440,6 @@ def stages(args):
     if args.method != "structured":
         return [args.sparsity]
     return [i / 10 for i in range(1, 10) if i / 10 < args.sparsity] + [args.sparsity]
-
-
-def pruning_epochs(args):
-    return args.epochs * len(stages(args))
 
 
 def make_optimizer(model, args):
@@ -499,13 +493,17 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
     total = (last - first) * steps
     warmup = round(args.warmup * total)
-    # the model and its optimizer, as they were if the run was stopped in this stage
+    # model and optimizer, as they were if the run was stopped in this stage
     optimizer = make_optimizer(model, args)
-    if run.saved is not None:
-        run.load(model, optimizer)
-    else:  # a stop from here on leads back to here
-        run.save(model, optimizer)
-    replica = distribute(model)
+    if run.saved is None:
+        run.save(model, optimizer)  # a stop from here on leads back to here
+    else:
+        model.load_state_dict(run.saved["model"])
+        optimizer.load_state_dict(run.saved["optimizer"])
+        run.saved = None
+    replica = model
+    if processes() > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)  # masks are the same
     masked = ancestors is not None and args.method != "structured"
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
@@ -543,8 +541,8 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
-            # the log, and a save, which is not before the snapshot of an epoch
             unreported += 1
+            # the log, and the step line on the terminal
             if to_log:
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
@@ -556,6 +554,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
                 line = f"{step + 1}/{total} | {step_line(entry, values, device)} | {eta}"
                 say(line.ljust(119), end="\n" if ends_epoch else END_OF_LINE)
+            # a save, but not between the end of an epoch and its snapshot
             if run.due() and not ends_epoch:
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
@@ -567,7 +566,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
 def after_epoch(run, model, data, ancestors, dev_sets, entry):
     """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
     last epoch; and a dev score. entry: the epoch's last one in the log."""
-    args, epochs = run.args, pruning_epochs(run.args)
+    args, epochs = run.args, run.args.epochs * len(stages(run.args))
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
@@ -661,7 +660,7 @@ def most_important(importances, count):
 def of_sizes(model, layer_sizes):
     """A model with new weights and so many heads and neurons in each layer, else like `model`;
     its embeddings are frozen."""
-    small = BertClassifier(dataclasses.replace(model.config, layer_sizes=layer_sizes))
+    small = BertClassifier(replace(model.config, layer_sizes=layer_sizes))
     small.bert.embeddings.requires_grad_(False)
     return small.to(model.classifier.weight)  # its device and dtype
 
@@ -726,7 +725,7 @@ class Run:
     def __post_init__(self):
         self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
         self.last_tick = time.perf_counter()
-        self.saved = None  # what a stopped run had saved, until `load` has taken it over
+        self.saved = None  # what a stopped run had saved, until `train` has taken it over
 
     def begin(self):
         """Make the run folder, or take over the position of a stopped run and cut its log to what
@@ -754,19 +753,13 @@ class Run:
             for torn in self.folder.glob("*.tmp"):
                 torn.unlink()
 
-    def load(self, model, optimizer):
-        """Take over the states of model and optimizer."""
-        model.load_state_dict(self.saved["model"])
-        optimizer.load_state_dict(self.saved["optimizer"])
-        self.saved = None
-
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
         check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
         self.layer_sizes = model.config.layer_sizes
         self.log_size = self.log_path.stat().st_size
-        position = dataclasses.asdict(self)
+        position = asdict(self)
         del position["args"], position["config"]
         self.write("state", {"position": position, "model": model.state_dict(),
                              "optimizer": optimizer.state_dict()})
@@ -835,6 +828,7 @@ def wait_for_file(path):
 def run_config(args, data, model, teacher):
     """What decides the result of a run, as JSON: flags, training rows, and the weights of its
     pre-trained model and of its teacher, if one is given."""
+    # models and data by their content, flags by their values but those of the machine
     weights = hashlib.sha256()
     for module in (model.bert, teacher):
         if module is not None:
@@ -848,6 +842,7 @@ def run_config(args, data, model, teacher):
 def finished_record(run):
     """The record of a run, if its folder holds it finished, else None. ValueError if the folder is
     something else, or of a run with another configuration."""
+    # whose folder is it?
     out, differing = run.args.out, []
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
@@ -860,6 +855,7 @@ def finished_record(run):
     if differing:
         raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
                          "another --out or delete it")
+    # has it ended?
     if (out / "record.json").exists():
         return read_json(out / "record.json")
     return None
@@ -867,8 +863,7 @@ def finished_record(run):
 
 def export(model, tokenizer, task, folder):
     """Save `model` with its labels and tokenizer, ready for transformers."""
-    words = TASKS[task].words
-    model.config.id2label = dict(enumerate(words)) if words else None
+    model.config.id2label = dict(enumerate(TASKS[task].words))
     if rank() == 0:
         save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
         save_pretrained(model, folder)
@@ -881,11 +876,10 @@ def make_record(run, model, data, dev_sets):
     # scores, and how fast they were had
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
-    speeds = {}
-    for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs(args))):
+    speeds, pruning_epochs = {}, args.epochs * len(stages(args))
+    for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs)):
         if run.seconds[phase] > 0:  # a teacher may have been given
-            speeds[phase] = round(len(data) * epochs / run.seconds[phase], 1)
-    seconds = run.seconds | {"total": sum(run.seconds.values())}
+            speeds[phase] = len(data) * epochs / run.seconds[phase]
     # what they depend on
     source = hashlib.sha256()
     for name in ("bert_min.py", "data_glue.py", "cap_min.py"):
@@ -898,7 +892,7 @@ def make_record(run, model, data, dev_sets):
     return {"config": run.config, "seed": args.seed, "versions": versions,
             "source_sha256": source.hexdigest(), "train_sha256": run.config["train_sha256"],
             "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
-            "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+            "seconds": run.seconds | {"total": sum(run.seconds.values())},
             "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
 
@@ -933,8 +927,8 @@ def print_summary(args, record):
     sparsity = record["sparsity"]
     say(f"\ndense   {sparsity['weights']:12,} weights, dev: {show_scores(record['dense'])}")
     say(f"pruned  {sparsity['kept']:12,} weights, dev: {show_scores(record['pruned'])}")
-    say(f"pruned model: {args.out / 'model'}, took "
-        f"{timedelta(seconds=int(record['seconds']['total']))}")
+    took = timedelta(seconds=int(record["seconds"]["total"]))
+    say(f"pruned model: {args.out / 'model'}, took {took}")
 
 
 # ----------------------------------------------------------------- several processes
@@ -977,22 +971,12 @@ def gather(rows, size):
 
     All n processes compute the loss of the whole batch, but each the gradient of its own rows. It
     counts n times, since DistributedDataParallel then takes the mean."""
-    if processes() == 1:
-        return rows
+    # the others' rows without a gradient, and one's own with it
     whole = rows.new_zeros(size, rows.size(1))
     whole[rank()::processes()] = rows.detach()
     summed(whole)[rank()::processes()] = rows
     whole.register_hook(lambda gradient: gradient * processes())
     return whole
-
-
-def distribute(model):
-    """`model` with gradients that are the means over all processes."""
-    if processes() == 1:
-        return model
-    replica = DistributedDataParallel(model)
-    replica.broadcast_buffers = False  # all have the same masks
-    return replica
 
 
 def join_processes():
@@ -1033,7 +1017,7 @@ FLAGS = {
          "threshold (CAP-soft), or |W|; structured: the importance of heads and neurons, removed "
          "in stages of 10 %% (CAP-f), with defaults of its own"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
-        ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is fine-tuned first"),
+        ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is made first"),
         ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
         ("--out", None, Path, "None: runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED"),
         ("--seed", 0, number(int, 0), "of everything random"),
@@ -1074,7 +1058,7 @@ FLAGS = {
 def parse(argv):
     """The command line as a namespace."""
     parser = argparse.ArgumentParser(
-        prog="cap_min.py", usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
+        usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
         description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for title, flags in FLAGS.items():
@@ -1099,16 +1083,18 @@ def parse(argv):
         args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
     if args.out is None:
-        parts = [args.task, f"{args.sparsity:g}"]
+        name = f"{args.task}-{args.sparsity:g}"
         if args.method != "movement":
-            parts.append(args.method)
-        parts += [f"no-{name}" for name in args.without]
-        args.out = Path("runs", "-".join([*parts, f"seed{args.seed}"]))
+            name += f"-{args.method}"
+        for term in args.without:
+            name += f"-no-{term}"
+        args.out = Path("runs", f"{name}-seed{args.seed}")
     return args
 
 
 def choose_device(args):
     """The device; settles --dtype. ValueError if the machine does not have it."""
+    # of several processes each has a GPU of its own
     name = args.device
     if name == "auto":
         name = "cpu"
@@ -1147,6 +1133,7 @@ def settle_schedule(args, size):
 
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
+    # does the model know all pieces and positions?
     if tokenizer.size > config.vocab_size:
         raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
@@ -1157,7 +1144,7 @@ def load_data(args, tokenizer, config):
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
         if split == "train" and args.max_train is not None:
-            # the same for every seed
+            # some rows, in their order and the same for every seed
             count = min(args.max_train, len(rows))
             chosen = sorted(random.Random(0).sample(range(len(rows)), count))
             rows = [rows[i] for i in chosen]
@@ -1182,8 +1169,7 @@ def meaning(label, words):
         if label == word.lower():
             return word
     for i, word in enumerate(words):
-        begins = len(label) > 2 and word.lower().startswith(label)
-        if begins or label in (str(i), f"label_{i}"):
+        if label in (str(i), f"label_{i}") or word.lower().startswith(label):
             return word
     return None
 
@@ -1196,8 +1182,7 @@ def load_fine_tuned(folder, args, config):
     labels = model.config.id2label
     order = label_order(labels, words)
     if set(order) != set(range(model.config.num_labels)):
-        raise ValueError(f"{folder}: its labels are {list((labels or {}).values())}, those of "
-                         f"{args.task} are {words or 'one number'}")
+        raise ValueError(f"{folder}: its labels are {labels}, those of {args.task} are {words}")
     for parameter in model.classifier.parameters():
         parameter.data = parameter.data[order]
     # its sizes
@@ -1240,10 +1225,11 @@ def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
     # the input: all of it is looked at before anything is written
-    device, source, teacher = choose_device(args), model_folder(args.model), None
-    tokenizer = load_tokenizer(source)
+    device = choose_device(args)
+    tokenizer = load_tokenizer(model_folder(args.model))
     torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(source, max(1, len(TASKS[args.task].words)))
+    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words)))
+    teacher = None
     if args.teacher is not None:
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
@@ -1258,8 +1244,8 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
-    say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
-        f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
+    say(f"{args.task}: {len(data)} examples, {args.method}, scores from {args.score_init}, {device}, "
+        f"{args.dtype}, run folder {args.out}")
     if run.saved is not None:
         say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 
@@ -1305,7 +1291,6 @@ def cap(args):
         draw_curve(args.out, run.dense)
         write_json(record, args.out / "record.json")
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
-    wait_for_all()
     print_summary(args, record)
     return record
 
@@ -1318,8 +1303,8 @@ def main(argv=None):
         join_processes()
         cap(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        lines = (str(error) or "out of memory").splitlines()
-        sys.stderr.write(f"error: {lines[0]}\n")  # in one go, if several processes have one to tell
+        reason = str(error).partition("\n")[0] or "out of memory"
+        sys.stderr.write(f"error: {reason}\n")  # in one go, if several processes have one to tell
         return 2
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from what was saved last")
