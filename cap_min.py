@@ -23,9 +23,7 @@ Glossary: symbol of the equations -> name in the code, shape
     w_.       args.w_unsup, ...       weights of the terms of the loss
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
 The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
-
-To follow a run: `main` calls `cap`, which trains the teacher, fills the banks and prunes. Training
-is `train`; a step of it calls `cap_terms`, and this `contrastive_loss`.
+To follow a run: `main`, `cap`, `train`, `batch_terms`, `cap_terms`, `contrastive_loss`.
 """
 
 import argparse
@@ -455,9 +453,8 @@ def make_optimizer(model, args):
 
 
 def randomness(*position):
-    """All that is random in a step is a function of its position (seed, epoch, batch), so there is
-    no random state to save: a numpy generator, the same in all processes, and torch's own, which
-    dropout uses, set from it and different in each."""
+    """All that is random in a step, as a function of its position (seed, epoch, batch): a numpy
+    generator, the same in all processes, and torch's own, for dropout, different in each."""
     chance = np.random.default_rng(position)
     torch.manual_seed(int(chance.integers(2 ** 62)) + rank())
     return chance
@@ -482,9 +479,9 @@ def batch_terms(model, batch, ancestors, chance, args):
 
 
 def train(run, model, data, ancestors=None, dev_sets=None):
-    """Train `model` on `data` to the end of the run's stage: the one loop of the dense teacher,
-    which has no ancestors, and of the pruned model. ValueError if a loss that is logged is not
-    finite, or a weight that would be saved. dev_sets: scored after each epoch of pruning."""
+    """Train `model` on `data` to the end of the run's stage; a dense teacher has no ancestors.
+    dev_sets: scored after each epoch of pruning. ValueError if a loss that is logged, or a weight
+    that would be saved, is not finite."""
     args, device = run.args, model.classifier.weight.device
     # epochs and steps of the stage
     first, last = 0, TEACHER_EPOCHS
@@ -624,11 +621,10 @@ def show_scores(scores):
 
 
 def importance(run, model, data, ancestors):
-    """CAP-f's first-order Taylor criterion: |dL/dmask| summed over the batches of `data`, where a
-    mask, here 1, multiplies what each head and each neuron puts out; dropout is off. Returns two
-    lists with a vector for each layer: (H,) of the heads and (F,) of the neurons.
-
-    A mask m on feature f, which column f of the matrix W reads, has dL/dm = sum_d W_df dL/dW_df."""
+    """CAP-f's first-order Taylor criterion: |dL/dm| summed over the batches of `data`, where a mask
+    m, here 1, multiplies what each head and each neuron puts out; dropout is off. Of feature f,
+    which column f of the matrix W reads, dL/dm = sum_d W_df dL/dW_df. Returns two lists with a
+    vector for each layer: (H,) of the heads and (F,) of the neurons."""
     args, config = run.args, model.config
     # the matrices that read what heads and neurons put out, in turn, and the columns of a unit
     readers = []
@@ -673,17 +669,16 @@ def remove_units(model, heads, neurons):
     # the state of the smaller model is cut out of that of the model
     small, state = of_sizes(model, sizes), model.state_dict()
     width = model.config.hidden_size // model.config.num_attention_heads
-    for i in range(len(sizes)):
-        layer = f"bert.encoder.layer.{i}."
-        of_heads = heads[i].repeat_interleave(width)  # a head has several rows
-        for writer, reader, chosen in (("attention.self.", "attention.output.", of_heads),
-                                       ("intermediate.", "output.", neurons[i])):
-            # rows and biases of what makes a unit's output, and columns of what reads it
-            for name in state:
-                if name.startswith(layer + writer):
-                    state[name] = state[name][chosen]
-            name = f"{layer}{reader}dense.weight"
-            state[name] = state[name][:, chosen]
+    for name, tensor in state.items():
+        if name.startswith("bert.encoder."):
+            layer = int(name.split(".")[3])
+            kept = neurons[layer]
+            if ".attention." in name:
+                kept = heads[layer].repeat_interleave(width)  # a head has several rows
+            if ".self." in name or ".intermediate." in name:  # weights and biases that make a unit
+                state[name] = tensor[kept]
+            elif name.endswith("output.dense.weight"):  # weights that read it
+                state[name] = tensor[:, kept]
     small.load_state_dict(state)
     return small
 
@@ -842,19 +837,17 @@ def run_config(args, data, model, teacher):
 def finished_record(run):
     """The record of a run, if its folder holds it finished, else None. ValueError if the folder is
     something else, or of a run with another configuration."""
-    # whose folder is it?
-    out, differing = run.args.out, []
+    # whose folder is it? models and data are known by their content, not by where they lie
+    out = run.args.out
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
-        for name, value in run.config.items():
-            # models and data are known by their content
-            if name not in ("model", "teacher", "data_dir") and value != before.get(name):
-                differing.append(f"{name} {before.get(name)}")
+        differing = [f"{name} {before.get(name)}" for name, value in run.config.items()
+                     if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
+        if differing:
+            raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
+                             "another --out or delete it")
     elif out.is_file() or any(found.suffix != ".tmp" for found in out.glob("*")):
         raise ValueError(f"{out} is no run folder: choose another --out")
-    if differing:
-        raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
-                         "another --out or delete it")
     # has it ended?
     if (out / "record.json").exists():
         return read_json(out / "record.json")
@@ -906,9 +899,9 @@ CURVE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-si
 """
 
 
-def draw_curve(folder, dense):
+def draw_curve(run):
     """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    dense, lines = run.dense, run.log_path.read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     steps = entries[-1]["step"] + 1
     metric, kept, dev = next(iter(dense)), "", ""
@@ -919,7 +912,7 @@ def draw_curve(folder, dense):
             if "dev" in entry:
                 dev += f"{x},{entry['dev'][metric]} "
     curve = CURVE.format(metric=metric, dense=dense[metric], steps=steps, kept=kept, dev=dev)
-    (folder / "curve.svg").write_text(curve, encoding="utf-8")
+    (run.args.out / "curve.svg").write_text(curve, encoding="utf-8")
 
 
 def print_summary(args, record):
@@ -967,10 +960,9 @@ def own_part(batch):
 
 
 def gather(rows, size):
-    """From the rows (b, D) of each process's part to those of the whole batch (B, D).
-
-    All n processes compute the loss of the whole batch, but each the gradient of its own rows. It
-    counts n times, since DistributedDataParallel then takes the mean."""
+    """From the rows (b, D) of each process's part to those of the whole batch (B, D). All n
+    processes compute its loss, but each the gradient of its own rows; this counts n times, since
+    DistributedDataParallel then takes the mean."""
     # the others' rows without a gradient, and one's own with it
     whole = rows.new_zeros(size, rows.size(1))
     whole[rank()::processes()] = rows.detach()
@@ -1244,8 +1236,8 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
-    say(f"{args.task}: {len(data)} examples, {args.method}, scores from {args.score_init}, {device}, "
-        f"{args.dtype}, run folder {args.out}")
+    say(f"{args.task}: {len(data)} examples on {device}, {args.method}, scores from "
+        f"{args.score_init}, {args.dtype}, run folder {args.out}")
     if run.saved is not None:
         say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 
@@ -1288,7 +1280,7 @@ def cap(args):
     model = from_pretrained(args.out / "model", num_labels=None).to(device)
     record = make_record(run, model, data, dev_sets)
     if rank() == 0:
-        draw_curve(args.out, run.dense)
+        draw_curve(run)
         write_json(record, args.out / "record.json")
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     print_summary(args, record)
