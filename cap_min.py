@@ -711,7 +711,6 @@ class Run:
     batch: int = 0  # the next one of the epoch
     snapshots: int = 0  # that SnC holds
     dense: dict | None = None  # the teacher's scores
-    layer_sizes: list | None = None  # of the model that was saved
     log_size: int = 0  # bytes
     phase: str = "other"  # what the time is counted for
     seconds: dict = field(default_factory=lambda: dict.fromkeys(
@@ -724,22 +723,29 @@ class Run:
 
     def begin(self):
         """Make the run folder, or take over the position of a stopped run and cut its log to what
-        it was then. ValueError if another process uses the folder, or what was saved is damaged."""
+        it was then. ValueError if another process uses the folder, this machine does not see it, or
+        what was saved is damaged."""
         # its folder, for one run at a time
+        out = self.args.out
         if rank() == 0:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.config, self.args.out / "config.json")
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(self.config, out / "config.json")
             self.folder.mkdir(exist_ok=True)
             self.log_file = locked(self.log_path)
         wait_for_all()
-        wait_for_file(self.log_path)
+        for _ in range(40):  # a network folder may show it late
+            if not self.log_path.exists():
+                time.sleep(1)
+        if not self.log_path.exists():
+            raise ValueError(f"{out} is not the folder that process 0 writes to: all machines must "
+                             "share it")
         # where it was
         path = self.folder / "state.pt"
         if path.exists():
             try:
                 self.saved = torch.load(path, map_location="cpu", weights_only=True)
             except Exception:  # torch raises half a dozen types here
-                raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+                raise ValueError(f"{path} is damaged: delete {out}") from None
             vars(self).update(self.saved["position"])
         wait_for_all()  # else process 0 could save before another has looked
         # without what a kill has left half written
@@ -752,12 +758,11 @@ class Run:
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
         check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
-        self.layer_sizes = model.config.layer_sizes
         self.log_size = self.log_path.stat().st_size
         position = asdict(self)
         del position["args"], position["config"]
-        self.write("state", {"position": position, "model": model.state_dict(),
-                             "optimizer": optimizer.state_dict()})
+        self.write("state", {"position": position, "layer_sizes": model.config.layer_sizes,
+                             "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     def due(self):
         """Whether it is time to save."""
@@ -808,16 +813,6 @@ def locked(path):
     except (ImportError, OSError):  # the second: a file system that has no locks
         pass
     return file
-
-
-def wait_for_file(path):
-    """ValueError if this machine does not see what another has written."""
-    for _ in range(40):  # a network folder may show it late
-        if path.exists():
-            return
-        time.sleep(1)
-    raise ValueError(f"{path.parent} is not the folder that process 0 writes to: all machines must "
-                     "share it")
 
 
 def run_config(args, data, model, teacher):
@@ -1188,15 +1183,6 @@ def load_fine_tuned(folder, args, config):
     return model
 
 
-def check_teacher(args, dense):
-    """ValueError if a given teacher is far worse than chance: its outputs are other classes than
-    they are taken for."""
-    words = TASKS[args.task].words
-    if args.teacher is not None and dense.get("accuracy", 1) < 0.8 / max(1, len(words)):
-        raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config.json"
-                         f" an id2label, the words {words} in the order of its outputs")
-
-
 def tune_cpu():
     """What makes a step on a CPU faster and changes nothing else. To be called before torch works,
     whose threads take over the first setting as they start.
@@ -1217,11 +1203,11 @@ def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
     # the input: all of it is looked at before anything is written
-    device = choose_device(args)
+    device, words = choose_device(args), TASKS[args.task].words
+    outputs = max(1, len(words))
     tokenizer = load_tokenizer(model_folder(args.model))
     torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(args.model, max(1, len(TASKS[args.task].words)))
-    teacher = None
+    model, teacher = from_pretrained(args.model, outputs), None
     if args.teacher is not None:
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
@@ -1251,7 +1237,9 @@ def cap(args):
         run.enter("other")
         run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
-        check_teacher(args, run.dense)
+        if args.teacher is not None and run.dense.get("accuracy", 1) < 0.8 / outputs:
+            raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config"
+                             f".json an id2label, the words {words} in the order of its outputs")
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1265,7 +1253,7 @@ def cap(args):
     if not structured:
         add_masks(model, args.score_init)
     elif run.saved is not None:
-        model = of_sizes(model, run.layer_sizes)  # as it was saved
+        model = of_sizes(model, run.saved["layer_sizes"])
     for run.stage in range(run.stage, len(stages(args))):
         if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
