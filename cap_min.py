@@ -23,15 +23,12 @@ Glossary: symbol of the equations -> name in the code, shape
     w_.       args.w_unsup, ...       weights of the terms of the loss
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
 The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
-
-To follow a run: `main` calls `cap`, which trains the teacher, fills the banks and prunes. Training
-is `train`; a step of it calls `cap_terms`, and this `contrastive_loss`.
+To follow a run: `main`, `cap`, `train`, `batch_terms`, `cap_terms`, `contrastive_loss`.
 """
 
 import argparse
 import copy
 import ctypes
-import dataclasses
 import hashlib
 import json
 import math
@@ -41,7 +38,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,7 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 
 if sys.version_info < (3, 10):
     print("error: Python 3.10 or newer is needed", file=sys.stderr)
@@ -75,15 +72,13 @@ def topk_mask(scores, density):
 
 def topk_masks(matrices, density):
     """`topk_mask` of each of these matrices, which have one shape."""
-    first = matrices[0]
-    k = max(1, round(density * first.numel()))  # eq. (1)
-    if k >= first.numel():
-        return [torch.ones_like(first, dtype=torch.bool) for _ in matrices]
-    if first.device.type == "cpu":
+    shape = matrices[0].shape
+    k = max(1, round(density * shape.numel()))  # eq. (1)
+    if matrices[0].device.type == "cpu":
         masks = [torch.from_numpy(largest(matrix.flatten().numpy(), k)) for matrix in matrices]
     else:
         masks = largest_of_rows(torch.stack(matrices).flatten(1), k)
-    return [mask.view(first.shape) for mask in masks]
+    return [mask.view(shape) for mask in masks]
 
 
 def largest_of_rows(rows, k):
@@ -100,12 +95,11 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample gives two numbers, between which the k-th largest is to be searched
-    sample = np.sort(row[::127])
-    fraction = k / len(row)
-    middle = int(len(sample) * (1 - fraction))
-    reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
-    low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
+    # a sample gives two numbers, between which the k-th largest is to be searched
+    sample, pruned = row[::127], 1 - k / len(row)
+    reach = (2 + 2.5 * math.sqrt(len(sample) * pruned * (1 - pruned))) / len(sample)
+    shares = np.clip([pruned - reach, pruned + reach], 0, 1)
+    low, high = np.quantile(sample, shares, method="nearest")
     above = row > high
     between, missing = row[~above & (row >= low)], k - np.count_nonzero(above)
     if not 0 < missing <= len(between):  # the sample misled
@@ -151,13 +145,12 @@ class Mask(nn.Module):
 
     def __init__(self, weight, score_init):
         super().__init__()
+        weight, self.scores = weight.detach(), None
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
-        self.scores = None
         if score_init == "zero":
             self.scores = nn.Parameter(torch.zeros_like(weight))
         elif score_init == "magnitude":
-            deviation = weight.detach().std().clamp_min(1e-12)
-            self.scores = nn.Parameter(weight.detach().abs() / deviation)
+            self.scores = nn.Parameter(weight.abs() / weight.std().clamp_min(1e-12))
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
@@ -176,24 +169,22 @@ def add_masks(model, score_init):
         parametrize.register_parametrization(layer, "weight", Mask(layer.weight, score_init))
 
 
-def masks_and_scores(model):
-    """[(Mask, its scores, or |W| where it has none), ...] of all layers."""
-    pairs = []
-    for layer in encoder_linears(model).values():
-        mask = layer.parametrizations.weight[0]
-        scores = mask.scores
-        if scores is None:
-            scores = layer.parametrizations.weight.original.abs()
-        pairs.append((mask, scores.detach()))
-    return pairs
+def masks_of(model):
+    """The `Mask`s of all layers."""
+    return [module for module in model.modules() if isinstance(module, Mask)]
 
 
 def set_masks(model, density):
     """Eq. (1) for every matrix, before each step. NOTE deviation: so the mask that is exported is
     the one that the last step was trained with, not the top-k of the scores after it."""
+    # matrices of one shape are searched together
     by_shape = {}
-    for module, scores in masks_and_scores(model):
-        by_shape.setdefault(scores.shape, []).append((module, scores))
+    for layer in encoder_linears(model).values():
+        weight = layer.parametrizations.weight
+        scores = weight[0].scores
+        if scores is None:  # magnitude pruning
+            scores = weight.original.abs()
+        by_shape.setdefault(scores.shape, []).append((weight[0], scores.detach()))
     for group in by_shape.values():
         modules, matrices = zip(*group)
         for module, mask in zip(modules, topk_masks(matrices, density)):
@@ -203,19 +194,16 @@ def set_masks(model, density):
 SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 
 
-def set_soft_masks(model, density, sparsity, exact):
+def set_soft_masks(model, density, sparsity):
     """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
-    rises from 0 to SOFT_THRESHOLD; but at most, or if `exact` exactly, the fraction `density`.
-    NOTE deviation: so the density never exceeds eq. (3)."""
-    pairs = masks_and_scores(model)
-    scores = torch.cat([scores.flatten() for _, scores in pairs])
+    rises from 0 to SOFT_THRESHOLD; but at most the fraction `density`, and once `sparsity` is
+    reached just that. NOTE deviation: so the density never exceeds eq. (3)."""
+    modules = masks_of(model)
+    scores = parameters_to_vector([module.scores for module in modules]).detach()
     mask = topk_mask(scores, density)
-    if not exact:
+    if density > 1 - sparsity:
         mask &= scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
-    # to each matrix its part
-    parts = mask.split([scores.numel() for _, scores in pairs])
-    for (module, scores), part in zip(pairs, parts):
-        module.mask = part.view(scores.shape)
+    vector_to_parameters(mask, [module.mask for module in modules])
 
 
 def pruned_fraction(density, sparsity):
@@ -247,12 +235,7 @@ def linear_lr(step, total, warmup):
     """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
     if step < warmup:
         return step / warmup
-    return (total - step) / max(1, total - warmup)
-
-
-def warmup_steps(args, total):
-    """Steps of the learning rate's warm-up."""
-    return round(args.warmup * total)
+    return (total - step) / (total - warmup)
 
 
 # ------------------------------------------------------------------- sparsity report
@@ -285,10 +268,9 @@ def autocast(device, dtype):
 
 def encode(model, data, dtype="fp32", tokens=2 ** 13):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
-    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included.
-    Of several processes each encodes every n-th batch; all have all vectors."""
+    gradient is kept; the model's mode is restored. tokens: most in a batch, padding included."""
+    # of several processes each encodes every n-th batch, and all have all vectors
     device, was_training = model.classifier.weight.device, model.training
-    # a row for each example, in the order of the data
     pooled = torch.zeros(len(data), model.config.hidden_size, device=device)
     model.eval()
     with torch.no_grad(), autocast(device, dtype), parametrize.cached():  # each W' is made once
@@ -300,8 +282,8 @@ def encode(model, data, dtype="fp32", tokens=2 ** 13):
 
 
 def to_bank(pooled):
-    """Vectors (N, D) as a bank has them: of length 1, in half precision."""
-    return F.normalize(pooled, dim=-1).half()
+    """Vectors (N, D) as a bank's file has them: of length 1, in half precision."""
+    return F.normalize(pooled, dim=-1).half().cpu()
 
 
 @dataclass
@@ -314,14 +296,13 @@ class Ancestors:
 
 
 def store_ancestors(run, model, teacher, data):
-    """Encode the training set by the pre-trained `model` and the `teacher`, into the run folder.
-    Both are done once: neither ever changes."""
+    """Encode the training set by the pre-trained `model` and the `teacher`, which never change."""
     pooled = encode(teacher, data, run.args.dtype)  # (N, D)
-    run.store("logits", teacher.classifier(pooled).detach())
+    run.write("logits", teacher.classifier(pooled).detach().cpu())
     if "fic" not in run.args.without:
-        run.store("fic-0", to_bank(pooled))
+        run.write("fic-0", to_bank(pooled))
     if "prc" not in run.args.without:
-        run.store("prc-0", to_bank(encode(model, data, run.args.dtype)))
+        run.write("prc-0", to_bank(encode(model, data, run.args.dtype)))
 
 
 def load_ancestors(run, data, device):
@@ -329,25 +310,16 @@ def load_ancestors(run, data, device):
     banks = {}
     for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
         if name not in run.args.without:
-            banks[name] = [load_bank(run, f"{name}-{i}", device) for i in range(count)]
-    labels = data.labels.round().to(device)
-    return Ancestors(banks, run.stored("logits").to(device), labels)
-
-
-def load_bank(run, name, device):
-    """The vectors (N, D) of one ancestor: on a GPU if they take at most half of what is free there,
-    else in a memory-mapped file, of which the system keeps in memory what fits."""
-    vectors = run.stored(name)
-    if device.type == "cuda" and vectors.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
-        vectors = vectors.to(device)
-    return vectors
+            banks[name] = [run.read(f"{name}-{i}", device) for i in range(count)]
+    logits = run.read("logits", device).to(device)
+    return Ancestors(banks, logits, data.labels.round().to(device))
 
 
 def add_snapshot(run, model, data, ancestors):
     """Enter the model as it is now in SnC."""
-    name, device = f"snc-{run.snapshots}", model.classifier.weight.device
-    run.store(name, to_bank(encode(model, data, run.args.dtype)))
-    ancestors.banks["snc"].append(load_bank(run, name, device))
+    name = f"snc-{run.snapshots}"
+    run.write(name, to_bank(encode(model, data, run.args.dtype)))
+    ancestors.banks["snc"].append(run.read(name, ancestors.labels.device))
     run.snapshots += 1
 
 
@@ -372,7 +344,7 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
                          for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
-    candidate_labels = torch.cat([labels, bank_labels[drawn].repeat(len(bank))])  # (C,)
+    candidate_labels = bank_labels[candidate_index]  # (C,)
     # similarities; an anchor is none of its own candidates
     scaled = q / temperature
     among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B)
@@ -435,8 +407,7 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 def soft_penalty(model, density, args):
     """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
     over matrices of the mean of sigmoid(S)."""
-    means = [module.scores.sigmoid().mean() for module in model.modules()
-             if isinstance(module, Mask)]
+    means = [module.scores.sigmoid().mean() for module in masks_of(model)]
     penalty = args.penalty * pruned_fraction(density, args.sparsity)
     return penalty * torch.stack(means).mean()  # eq. (8), CAP-soft
 
@@ -450,7 +421,7 @@ def gradient_shares(terms, pooled):
         grad, = torch.autograd.grad(term, pooled, retain_graph=True, materialize_grads=True)
         norms[name] = summed(grad.float().norm() ** 2).sqrt().item()
     total = sum(norms.values()) or 1.0
-    return {name: round(norm / total, 4) for name, norm in norms.items()}
+    return {name: norm / total for name, norm in norms.items()}
 
 
 # -------------------------------------------------------------------------- training
@@ -469,25 +440,21 @@ def stages(args):
     return [i / 10 for i in range(1, 10) if i / 10 < args.sparsity] + [args.sparsity]
 
 
-def pruning_epochs(args):
-    return args.epochs * len(stages(args))
-
-
 def make_optimizer(model, args):
-    """Adam on the weights, and on the scores with a learning rate of their own."""
-    # two groups, whose learning rates each step sets
+    """Adam, with learning rates of their own for weights and scores, which each step sets."""
     weights, scores = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (scores if name.endswith("scores") else weights).append(parameter)
+        if name.endswith("scores"):
+            scores.append(parameter)
+        else:
+            weights.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
     return torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
 
 
 def randomness(*position):
-    """All that is random in a step is a function of its position (seed, epoch, batch), so there is
-    no random state to save: a numpy generator, the same in all processes, and torch's own, which
-    dropout uses, set from it and different in each."""
+    """All that is random in a step, as a function of its position (seed, epoch, batch): a numpy
+    generator, the same in all processes, and torch's own, for dropout, different in each."""
     chance = np.random.default_rng(position)
     torch.manual_seed(int(chance.integers(2 ** 62)) + rank())
     return chance
@@ -506,31 +473,35 @@ def batch_terms(model, batch, ancestors, chance, args):
     pooled = gather(own_pooled.float(), len(labels))  # (B, D)
     # E: rows of the training set; all, if it has no more
     size = len(ancestors.labels)
-    rows = torch.from_numpy(chance.choice(size, min(args.extra, size), replace=False))
-    extra = sent(rows, labels.device)
+    rows = chance.choice(size, min(args.extra, size), replace=False)
+    extra = sent(torch.from_numpy(rows), labels.device)
     return cap_terms(logits, pooled, batch, ancestors, extra, args), own_pooled
 
 
 def train(run, model, data, ancestors=None, dev_sets=None):
-    """Train `model` on `data` to the end of the run's stage: the one loop of the dense teacher,
-    which has no ancestors, and of the pruned model. ValueError if a loss that is logged is not
-    finite, or a weight that would be saved. dev_sets: scored after each epoch of pruning."""
+    """Train `model` on `data` to the end of the run's stage; a dense teacher has no ancestors.
+    dev_sets: scored after each epoch of pruning. ValueError if a loss that is logged, or a weight
+    that would be saved, is not finite."""
     args, device = run.args, model.classifier.weight.device
-    steps = math.ceil(len(data) / args.batch_size)  # of an epoch
+    # epochs and steps of the stage
     first, last = 0, TEACHER_EPOCHS
-    if run.stage != TEACHER:
-        first = run.stage * args.epochs
-        last = first + args.epochs
+    if ancestors is not None:
+        first, last = run.stage * args.epochs, (run.stage + 1) * args.epochs
+    steps = math.ceil(len(data) / args.batch_size)  # of an epoch
     total = (last - first) * steps
-    warmup = warmup_steps(args, total)
-    warm, cool = 2 * warmup, 3 * warmup  # t_0 and t_1
+    warmup = round(args.warmup * total)
+    # model and optimizer, as they were if the run was stopped in this stage
     optimizer = make_optimizer(model, args)
-    if run.saved is not None:
-        run.load(model, optimizer)
-    else:  # a stop from here on leads back to here
-        run.save(model, optimizer)
-    replica = distribute(model)
-    masked = run.stage != TEACHER and args.method != "structured"
+    if run.saved is None:
+        run.save(model, optimizer)  # a stop from here on leads back to here
+    else:
+        model.load_state_dict(run.saved["model"])
+        optimizer.load_state_dict(run.saved["optimizer"])
+        run.saved = None
+    replica = model
+    if processes() > 1:
+        replica = DistributedDataParallel(model, broadcast_buffers=False)  # masks are the same
+    masked = ancestors is not None and args.method != "structured"
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
@@ -541,10 +512,10 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             step = (run.epoch - first) * steps + run.batch
             chance = randomness(args.seed, run.epoch, run.batch)
             # density and masks of this step, eq. (1) and (3), and its learning rates
-            if masked:
-                density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, warm, cool)
+            density = cubic_density(step, total, 1.0, 1.0 - args.sparsity, 2 * warmup, 3 * warmup)
+            if masked and density < 1:  # before, the masks keep all
                 if args.method == "soft":
-                    set_soft_masks(model, density, args.sparsity, exact=step >= total - cool)
+                    set_soft_masks(model, density, args.sparsity)
                 else:
                     set_masks(model, density)
             factor = linear_lr(step, total, warmup)
@@ -559,7 +530,7 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             to_log = step % LOG_EVERY == 0 or ends_epoch
             if to_log:
                 values = {name: term.item() for name, term in terms.items()}
-                check_finite(values.items(), step)
+                check_finite(values, step)
                 shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
@@ -567,43 +538,43 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
-            # the log, and a save, which is not before the snapshot of an epoch
             unreported += 1
+            # the log, and the step line on the terminal
             if to_log:
                 seconds = (time.perf_counter() - last_line) / unreported  # of a step
                 last_line, unreported = time.perf_counter(), 0
-                kept = 1 - sparsity_report(model)["total"]
-                entry = {"step": first * steps + step, "epoch": run.epoch, "kept": kept,
-                         "lr": args.lr * factor, "loss": sum(values.values()), **values,
-                         "gradient_share": shares, "ms": round(1000 * seconds, 1),
-                         "examples_per_second": round(args.batch_size / seconds, 1)}
+                entry = {"step": first * steps + step, "epoch": run.epoch,
+                         "kept": 1 - sparsity_report(model)["total"], "lr": args.lr * factor,
+                         "loss": sum(values.values()), **values, "gradient_share": shares,
+                         "ms": 1000 * seconds, "examples_per_second": args.batch_size / seconds}
                 run.log(**entry)
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
                 line = f"{step + 1}/{total} | {step_line(entry, values, device)} | {eta}"
                 say(line.ljust(119), end="\n" if ends_epoch else END_OF_LINE)
+            # a save, but not between the end of an epoch and its snapshot
             if run.due() and not ends_epoch:
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            after_epoch(run, model, data, ancestors, dev_sets, run.epoch * steps - 1, kept)
+            after_epoch(run, model, data, ancestors, dev_sets, entry)
     run.save(model, optimizer)
 
 
-def after_epoch(run, model, data, ancestors, dev_sets, step, kept):
+def after_epoch(run, model, data, ancestors, dev_sets, entry):
     """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
-    last epoch; and a dev score."""
-    args, epochs = run.args, pruning_epochs(run.args)
+    last epoch; and a dev score. entry: the epoch's last one in the log."""
+    args, epochs = run.args, run.args.epochs * len(stages(run.args))
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
     scores = evaluate(model, args.task, dev_sets, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
-    run.log(step=step, epoch=run.epoch - 1, kept=kept, dev=scores)
+    run.log(step=entry["step"], epoch=entry["epoch"], kept=entry["kept"], dev=scores)
 
 
 def check_finite(named, step):
-    """ValueError with the name of the first number or tensor that is not finite."""
-    for name, value in named:
+    """ValueError with the name of the first of {name: number or tensor} that is not finite."""
+    for name, value in named.items():
         if not torch.as_tensor(value).isfinite().all():
             raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
                              "saved before is kept")
@@ -650,30 +621,26 @@ def show_scores(scores):
 
 
 def importance(run, model, data, ancestors):
-    """CAP-f's first-order Taylor criterion: |dL/dmask| summed over the batches of `data`, where a
-    mask, here 1, multiplies what each head and each neuron puts out; dropout is off. Returns two
-    lists with a vector for each layer: (H,) of the heads and (F,) of the neurons.
-
-    A mask m on feature f, which column f of the matrix W reads, has dL/dm = sum_d W_df dL/dW_df."""
-    args, device = run.args, model.classifier.weight.device
-    # the matrices that read what heads and neurons put out, in turn
+    """CAP-f's first-order Taylor criterion: |dL/dm| summed over the batches of `data`, where a mask
+    m, here 1, multiplies what each head and each neuron puts out; dropout is off. Of feature f,
+    which column f of the matrix W reads, dL/dm = sum_d W_df dL/dW_df. Returns two lists with a
+    vector for each layer: (H,) of the heads and (F,) of the neurons."""
+    args, config = run.args, model.config
+    # the matrices that read what heads and neurons put out, in turn, and the columns of a unit
     readers = []
     for layer in model.bert.encoder["layer"]:
         readers += [layer.attention["output"].dense.weight, layer.output.dense.weight]
+    widths = [config.hidden_size // config.num_attention_heads, 1] * config.num_hidden_layers
     sums = [0.0] * len(readers)
-    width = model.config.hidden_size // model.config.num_attention_heads
-    # the loss of every batch, as in a step
+    # the loss of every batch, as in a step, and its gradient for every unit
     model.eval()
-    for i, batch in enumerate(batches(data.to(device), args.batch_size, args.seed, 0)):
+    for i, batch in enumerate(batches(data.to(readers[0].device), args.batch_size, args.seed, 0)):
         chance = randomness(args.seed, 0, i, 1)
         terms, _ = batch_terms(model, batch, ancestors, chance, args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
-        # its gradient for every unit
         for j, gradient in enumerate(gradients):
-            per_column = (readers[j].detach() * summed(gradient) / processes()).sum(0)
-            if j % 2 == 0:  # a head has several columns
-                per_column = per_column.view(-1, width).sum(1)
-            sums[j] += per_column.abs()
+            columns = (readers[j].detach() * summed(gradient) / processes()).sum(0)
+            sums[j] += columns.view(-1, widths[j]).sum(1).abs()
     return sums[::2], sums[1::2]
 
 
@@ -689,7 +656,7 @@ def most_important(importances, count):
 def of_sizes(model, layer_sizes):
     """A model with new weights and so many heads and neurons in each layer, else like `model`;
     its embeddings are frozen."""
-    small = BertClassifier(dataclasses.replace(model.config, layer_sizes=layer_sizes))
+    small = BertClassifier(replace(model.config, layer_sizes=layer_sizes))
     small.bert.embeddings.requires_grad_(False)
     return small.to(model.classifier.weight)  # its device and dtype
 
@@ -702,18 +669,16 @@ def remove_units(model, heads, neurons):
     # the state of the smaller model is cut out of that of the model
     small, state = of_sizes(model, sizes), model.state_dict()
     width = model.config.hidden_size // model.config.num_attention_heads
-    for i in range(len(sizes)):
-        layer = f"bert.encoder.layer.{i}."
-        of_heads = heads[i].repeat_interleave(width)  # a head has several rows
-        for writer, reader, chosen in (("attention.self.", "attention.output.", of_heads),
-                                       ("intermediate.", "output.", neurons[i])):
-            # rows and biases of what makes a unit's output
-            for name in state:
-                if name.startswith(layer + writer):
-                    state[name] = state[name][chosen]
-            # columns of what reads it
-            name = layer + reader + "dense.weight"
-            state[name] = state[name][:, chosen]
+    for name, tensor in state.items():
+        if name.startswith("bert.encoder."):
+            layer = int(name.split(".")[3])
+            kept = neurons[layer]
+            if ".attention." in name:
+                kept = heads[layer].repeat_interleave(width)  # a head has several rows
+            if ".self." in name or ".intermediate." in name:  # weights and biases that make a unit
+                state[name] = tensor[kept]
+            elif name.endswith("output.dense.weight"):  # weights that read it
+                state[name] = tensor[:, kept]
     small.load_state_dict(state)
     return small
 
@@ -723,14 +688,12 @@ def remove_least_important(run, model, data, ancestors, sparsity):
     fraction `sparsity` of the original heads, and of the neurons, is then gone. NOTE deviation: a
     layer may lose all of them."""
     say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
-    heads, neurons = importance(run, model, data, ancestors)
-    config, density = model.config, 1 - sparsity
-    all_heads = config.num_hidden_layers * config.num_attention_heads
-    all_neurons = config.num_hidden_layers * config.intermediate_size
-    head_count = math.floor(density * all_heads + 1e-6)
-    neuron_count = math.floor(density * all_neurons + 1e-6)
-    return remove_units(model, most_important(heads, head_count),
-                        most_important(neurons, neuron_count))
+    config, masks = model.config, []
+    for importances, units in zip(importance(run, model, data, ancestors),
+                                  (config.num_attention_heads, config.intermediate_size)):
+        count = math.floor((1 - sparsity) * (config.num_hidden_layers * units) + 1e-6)
+        masks.append(most_important(importances, count))
+    return remove_units(model, *masks)
 
 
 # --------------------------------------------------------- run folder and checkpoint
@@ -738,7 +701,7 @@ def remove_least_important(run, model, data, ancestors, sparsity):
 
 @dataclass
 class Run:
-    """Where a run is. With the states of model and optimizer and the stored banks this is all that
+    """Where a run is. With the states of model and optimizer and the banks' files this is all that
     a stopped run needs, since all that is random in a step is a function of its position."""
 
     args: argparse.Namespace
@@ -748,7 +711,6 @@ class Run:
     batch: int = 0  # the next one of the epoch
     snapshots: int = 0  # that SnC holds
     dense: dict | None = None  # the teacher's scores
-    layer_sizes: list | None = None  # of the model that was saved
     log_size: int = 0  # bytes
     phase: str = "other"  # what the time is counted for
     seconds: dict = field(default_factory=lambda: dict.fromkeys(
@@ -756,87 +718,81 @@ class Run:
 
     def __post_init__(self):
         self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
-        self.last_save, self.last_tick = time.monotonic(), time.perf_counter()
-        self.saved = None  # what a stopped run had saved, until `load` has taken it over
+        self.last_tick = time.perf_counter()
+        self.saved = None  # what a stopped run had saved, until `train` has taken it over
 
     def begin(self):
-        """Make the run folder, take over the position of a stopped run, if there is one, and cut
-        its log to what it was when this was saved. ValueError if another process uses the folder,
-        or if what was saved is damaged."""
+        """Make the run folder, or take over the position of a stopped run and cut its log to what
+        it was then. ValueError if another process uses the folder, this machine does not see it, or
+        what was saved is damaged."""
         # its folder, for one run at a time
+        out = self.args.out
         if rank() == 0:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.config, self.args.out / "config.json")
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(self.config, out / "config.json")
             self.folder.mkdir(exist_ok=True)
-            self.lock = locked(self.folder / "lock")
+            self.log_file = locked(self.log_path)
         wait_for_all()
-        wait_for_file(self.folder / "lock")
+        for _ in range(40):  # a network folder may show it late
+            if not self.log_path.exists():
+                time.sleep(1)
+        if not self.log_path.exists():
+            raise ValueError(f"{out} is not the folder that process 0 writes to: all machines must "
+                             "share it")
         # where it was
         path = self.folder / "state.pt"
         if path.exists():
             try:
                 self.saved = torch.load(path, map_location="cpu", weights_only=True)
             except Exception:  # torch raises half a dozen types here
-                raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+                raise ValueError(f"{path} is damaged: delete {out}") from None
             vars(self).update(self.saved["position"])
+        wait_for_all()  # else process 0 could save before another has looked
         # without what a kill has left half written
-        wait_for_all()
         if rank() == 0:
+            self.log_file.truncate(self.log_size)
             for torn in self.folder.glob("*.tmp"):
                 torn.unlink()
-            with open(self.log_path, "a") as file:
-                file.truncate(self.log_size)
-        wait_for_all()
-
-    def load(self, model, optimizer):
-        """Take over the states of model and optimizer."""
-        model.load_state_dict(self.saved["model"])
-        optimizer.load_state_dict(self.saved["optimizer"])
-        self.saved = None
 
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
-        check_finite(model.named_parameters(), f"{self.batch} of epoch {self.epoch + 1}")
+        check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
-        self.layer_sizes = model.config.layer_sizes
-        if rank() == 0:
-            self.log_size = self.log_path.stat().st_size
-            position = {name: value for name, value in dataclasses.asdict(self).items()
-                        if name not in ("args", "config")}
-            self.write("state", {"position": position, "model": model.state_dict(),
-                                 "optimizer": optimizer.state_dict()})
-        self.last_save = time.monotonic()
+        self.log_size = self.log_path.stat().st_size
+        position = asdict(self)
+        del position["args"], position["config"]
+        self.write("state", {"position": position, "layer_sizes": model.config.layer_sizes,
+                             "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
     def due(self):
         """Whether it is time to save."""
-        return time.monotonic() - self.last_save >= 60 * self.args.checkpoint_minutes
-
-    def store(self, name, tensor):
-        """Write a tensor that will not change."""
-        if rank() == 0:
-            self.write(name, tensor.cpu())
-        wait_for_all()
-
-    def stored(self, name):
-        """The tensor that was stored under this name, memory-mapped."""
-        return torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
+        return time.perf_counter() - self.last_tick >= 60 * self.args.checkpoint_minutes
 
     def write(self, name, content):
-        """Write tensors, numbers and the like to checkpoint/NAME.pt; what it held before stays
-        there until all is written."""
+        """Process 0 writes tensors, numbers and the like to checkpoint/NAME.pt; what it held before
+        stays there until all is written."""
         path = self.folder / f"{name}.pt"
         try:
-            with replacing(path) as file:
-                torch.save(content, file)
+            if rank() == 0:
+                with replacing(path) as file:
+                    torch.save(content, file)
         except (OSError, RuntimeError):  # the second is torch's
             raise OSError(f"{path} could not be written: the disk may be full; what was saved "
                           "before is kept") from None
 
+    def read(self, name, device):
+        """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
+        there, else memory-mapped, so that the system keeps in memory what fits."""
+        wait_for_all()  # until it is written
+        tensor = torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
+        if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
+            return tensor.to(device)
+        return tensor
+
     def log(self, **entry):
         """Append a line to log.jsonl."""
         if rank() == 0:
-            with open(self.log_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": self.phase, **entry}) + "\n")
+            print(json.dumps({"phase": self.phase, **entry}), file=self.log_file, flush=True)
 
     def enter(self, phase):
         """Count the time since the last call for the phase that ends, and begin another."""
@@ -846,63 +802,48 @@ class Run:
 
 
 def locked(path):
-    """An open file that no other process can lock until this one closes it or ends. ValueError if
-    another has locked it."""
-    file = open(path, "w")
+    """A file to append to, which no other process can lock until this one closes it or ends.
+    ValueError if another has locked it."""
+    file = open(path, "a", encoding="utf-8")
     try:
         import fcntl  # not there on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{path.parent.parent} is in use by another process") from None
+        raise ValueError(f"{path.parent} is in use by another process") from None
     except (ImportError, OSError):  # the second: a file system that has no locks
         pass
     return file
 
 
-def wait_for_file(path):
-    """ValueError if this machine does not see what another has written."""
-    for _ in range(40):  # a network folder may show it late
-        if path.exists():
-            return
-        time.sleep(1)
-    raise ValueError(f"{path.parent.parent} is not the folder that process 0 writes to: all "
-                     "machines must share it")
-
-
-PATHS = "model", "teacher", "data_dir"  # of what is known by its content
-
-
 def run_config(args, data, model, teacher):
     """What decides the result of a run, as JSON: flags, training rows, and the weights of its
     pre-trained model and of its teacher, if one is given."""
-    config = {}
-    for name, value in vars(args).items():
-        if name in PATHS and value is not None and Path(value).exists():  # else a model's name
-            value = str(Path(value).resolve())
-        if name not in ("out", "device", "checkpoint_minutes"):
-            config[name] = value
+    # models and data by their content, flags by their values but those of the machine
     weights = hashlib.sha256()
     for module in (model.bert, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
                 weights.update(tensor.cpu().numpy())
+    config = {name: value for name, value in vars(args).items()
+              if name not in ("out", "device", "checkpoint_minutes")}
     return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
 
 
 def finished_record(run):
     """The record of a run, if its folder holds it finished, else None. ValueError if the folder is
     something else, or of a run with another configuration."""
-    out, differing = run.args.out, []
+    # whose folder is it? models and data are known by their content, not by where they lie
+    out = run.args.out
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
-        for name, value in run.config.items():
-            if name not in PATHS and value != before.get(name):
-                differing.append(f"{name} {before.get(name)}")
+        differing = [f"{name} {before.get(name)}" for name, value in run.config.items()
+                     if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
+        if differing:
+            raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
+                             "another --out or delete it")
     elif out.is_file() or any(found.suffix != ".tmp" for found in out.glob("*")):
         raise ValueError(f"{out} is no run folder: choose another --out")
-    if differing:
-        raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
-                         "another --out or delete it")
+    # has it ended?
     if (out / "record.json").exists():
         return read_json(out / "record.json")
     return None
@@ -910,8 +851,7 @@ def finished_record(run):
 
 def export(model, tokenizer, task, folder):
     """Save `model` with its labels and tokenizer, ready for transformers."""
-    words = TASKS[task].words
-    model.config.id2label = dict(enumerate(words)) if words else None
+    model.config.id2label = dict(enumerate(TASKS[task].words))
     if rank() == 0:
         save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
         save_pretrained(model, folder)
@@ -924,11 +864,10 @@ def make_record(run, model, data, dev_sets):
     # scores, and how fast they were had
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
-    speeds = {}
-    for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs(args))):
+    speeds, pruning_epochs = {}, args.epochs * len(stages(args))
+    for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs)):
         if run.seconds[phase] > 0:  # a teacher may have been given
-            speeds[phase] = round(len(data) * epochs / run.seconds[phase], 1)
-    seconds = run.seconds | {"total": sum(run.seconds.values())}
+            speeds[phase] = len(data) * epochs / run.seconds[phase]
     # what they depend on
     source = hashlib.sha256()
     for name in ("bert_min.py", "data_glue.py", "cap_min.py"):
@@ -941,7 +880,7 @@ def make_record(run, model, data, dev_sets):
     return {"config": run.config, "seed": args.seed, "versions": versions,
             "source_sha256": source.hexdigest(), "train_sha256": run.config["train_sha256"],
             "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
-            "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+            "seconds": run.seconds | {"total": sum(run.seconds.values())},
             "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
 
@@ -955,20 +894,20 @@ CURVE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-si
 """
 
 
-def draw_curve(folder, dense):
+def draw_curve(run):
     """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = json.loads(lines[-1])["step"] + 1
+    dense, lines = run.dense, run.log_path.read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    steps = entries[-1]["step"] + 1
     metric, kept, dev = next(iter(dense)), "", ""
-    for line in lines:
-        entry = json.loads(line)
+    for entry in entries:
         if entry["phase"] == "prune":
             x = (entry["step"] + 1) / steps
             kept += f"{x},{entry['kept']} "
             if "dev" in entry:
                 dev += f"{x},{entry['dev'][metric]} "
     curve = CURVE.format(metric=metric, dense=dense[metric], steps=steps, kept=kept, dev=dev)
-    (folder / "curve.svg").write_text(curve, encoding="utf-8")
+    (run.args.out / "curve.svg").write_text(curve, encoding="utf-8")
 
 
 def print_summary(args, record):
@@ -976,8 +915,8 @@ def print_summary(args, record):
     sparsity = record["sparsity"]
     say(f"\ndense   {sparsity['weights']:12,} weights, dev: {show_scores(record['dense'])}")
     say(f"pruned  {sparsity['kept']:12,} weights, dev: {show_scores(record['pruned'])}")
-    say(f"pruned model: {args.out / 'model'}, took "
-        f"{timedelta(seconds=int(record['seconds']['total']))}")
+    took = timedelta(seconds=int(record["seconds"]["total"]))
+    say(f"pruned model: {args.out / 'model'}, took {took}")
 
 
 # ----------------------------------------------------------------- several processes
@@ -993,9 +932,9 @@ def rank():
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def say(*words, end="\n"):
+def say(words, end="\n"):
     if rank() == 0:
-        print(*words, end=end, flush=True)
+        print(words, end=end, flush=True)
 
 
 def wait_for_all():
@@ -1016,37 +955,15 @@ def own_part(batch):
 
 
 def gather(rows, size):
-    """From the rows (b, D) of each process's part to those of the whole batch (B, D).
-
-    All n processes compute the loss of the whole batch, so the gradient of `Summed` is n times that
-    of one process, and the mean that DistributedDataParallel takes is what one would have."""
-    if processes() == 1:
-        return rows
-    # one's own rows among zeros, and the sum over processes
+    """From the rows (b, D) of each process's part to those of the whole batch (B, D). All n
+    processes compute its loss, but each the gradient of its own rows; this counts n times, since
+    DistributedDataParallel then takes the mean."""
+    # the others' rows without a gradient, and one's own with it
     whole = rows.new_zeros(size, rows.size(1))
-    whole[rank()::processes()] = rows
-    return Summed.apply(whole)
-
-
-class Summed(torch.autograd.Function):
-    """`summed` with its gradient, which is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return summed(tensor.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return summed(grad.clone())
-
-
-def distribute(model):
-    """`model` with gradients that are the means over all processes."""
-    if processes() == 1:
-        return model
-    replica = DistributedDataParallel(model)
-    replica.broadcast_buffers = False  # all have the same masks
-    return replica
+    whole[rank()::processes()] = rows.detach()
+    summed(whole)[rank()::processes()] = rows
+    whole.register_hook(lambda gradient: gradient * processes())
+    return whole
 
 
 def join_processes():
@@ -1087,8 +1004,8 @@ FLAGS = {
          "threshold (CAP-soft), or |W|; structured: the importance of heads and neurons, removed "
          "in stages of 10 %% (CAP-f), with defaults of its own"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
-        ("--teacher", None, str, "folder of a fine-tuned model; None: is fine-tuned first"),
-        ("--data-dir", None, str, "folder with the task's folder; None: downloaded"),
+        ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is made first"),
+        ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
         ("--out", None, Path, "None: runs/TASK-SPARSITY[-METHOD][-no-TERM...]-seedSEED"),
         ("--seed", 0, number(int, 0), "of everything random"),
     ],
@@ -1128,7 +1045,7 @@ FLAGS = {
 def parse(argv):
     """The command line as a namespace."""
     parser = argparse.ArgumentParser(
-        prog="cap_min.py", usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
+        usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
         description="Prune BERT with contrastive terms (arXiv 2112.07198).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for title, flags in FLAGS.items():
@@ -1149,18 +1066,22 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
+    if Path(args.model).is_dir():  # else it is a name
+        args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
     if args.out is None:
-        parts = [args.task, f"{args.sparsity:g}"]
+        name = f"{args.task}-{args.sparsity:g}"
         if args.method != "movement":
-            parts.append(args.method)
-        parts += [f"no-{name}" for name in args.without]
-        args.out = Path("runs", "-".join([*parts, f"seed{args.seed}"]))
+            name += f"-{args.method}"
+        for term in args.without:
+            name += f"-no-{term}"
+        args.out = Path("runs", f"{name}-seed{args.seed}")
     return args
 
 
 def choose_device(args):
     """The device; settles --dtype. ValueError if the machine does not have it."""
+    # of several processes each has a GPU of its own
     name = args.device
     if name == "auto":
         name = "cpu"
@@ -1184,10 +1105,12 @@ def choose_device(args):
 
 def settle_schedule(args, size):
     """Settles --score-init. ValueError unless `size` examples give the schedule room."""
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"
     if args.method == "structured":  # which has no schedule of densities
         return
     total = args.epochs * math.ceil(size / args.batch_size)
-    warmup = warmup_steps(args, total)
+    warmup = round(args.warmup * total)
     if warmup < 1 or total < 5 * warmup + 2:
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
                          " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
@@ -1197,57 +1120,45 @@ def settle_schedule(args, size):
 
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
-    # do they fit the model?
+    # does the model know all pieces and positions?
     if tokenizer.size > config.vocab_size:
         raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
                          f"{config.vocab_size}")
     if not 3 <= args.max_length <= config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is not between 3 and the model's "
                          f"{config.max_position_embeddings} positions")
-    # some rows of the training set, the same for every seed
     encoded = {}
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
-        if split == "train" and args.max_train and args.max_train < len(rows):
-            chosen = sorted(random.Random(0).sample(range(len(rows)), args.max_train))
+        if split == "train" and args.max_train is not None:
+            # some rows, in their order and the same for every seed
+            count = min(args.max_train, len(rows))
+            chosen = sorted(random.Random(0).sample(range(len(rows)), count))
             rows = [rows[i] for i in chosen]
         encoded[split] = encode_task(rows, tokenizer, args.max_length)
     return encoded.pop("train"), encoded
 
 
-def load_models(args):
-    """(tokenizer, pre-trained model, and the teacher if one is given)."""
-    source, teacher = model_folder(args.model), None
-    tokenizer = load_tokenizer(source)
-    torch.manual_seed(args.seed)  # of the new classifier
-    model = from_pretrained(source, max(1, len(TASKS[args.task].words)))
-    if args.teacher is not None:
-        teacher = load_fine_tuned(args.teacher, args, model.config)
-    return tokenizer, model, teacher
-
-
 def label_order(labels, words):
-    """The output that stands for each of the task's words, by the labels {output: label} of a
-    model; [] if not just one does. Without labels, and for one output, their order is trusted."""
+    """The output that stands for each of the task's words, None where none does, by the labels
+    {output: label} of a model. Without labels, and for one output, their order is trusted."""
     if not labels or not words:
         return list(range(max(1, len(words))))
-    order, words = [], [word.lower() for word in words]
-    for i in range(len(words)):
-        outputs = [output for output, label in labels.items() if means(label.lower(), i, words)]
-        if len(outputs) != 1:
-            return []
-        order += outputs
-    return order
+    outputs = {meaning(label, words): output for output, label in labels.items()}
+    return [outputs.get(word) for word in words]
 
 
-def means(label, i, words):
-    """Whether a label means word i: it is this word or, if it is none of them, the word's number
-    or its beginning (neg, pos)."""
-    if label in words:
-        return label == words[i]
-    if label in (str(i), f"label_{i}"):
-        return True
-    return len(label) > 2 and words[i].startswith(label)
+def meaning(label, words):
+    """The word that a label means: the word itself or, if it is none, the word whose number it is,
+    or which begins with it (neg, pos)."""
+    label = label.lower()
+    for word in words:
+        if label == word.lower():
+            return word
+    for i, word in enumerate(words):
+        if label in (str(i), f"label_{i}") or word.lower().startswith(label):
+            return word
+    return None
 
 
 def load_fine_tuned(folder, args, config):
@@ -1257,9 +1168,8 @@ def load_fine_tuned(folder, args, config):
     model, words = from_pretrained(folder, num_labels=None), TASKS[args.task].words
     labels = model.config.id2label
     order = label_order(labels, words)
-    if sorted(order) != list(range(model.config.num_labels)):
-        raise ValueError(f"{folder}: its labels are {list((labels or {}).values())}, those of "
-                         f"{args.task} are {words or 'one number'}")
+    if set(order) != set(range(model.config.num_labels)):
+        raise ValueError(f"{folder}: its labels are {labels}, those of {args.task} are {words}")
     for parameter in model.classifier.parameters():
         parameter.data = parameter.data[order]
     # its sizes
@@ -1267,19 +1177,10 @@ def load_fine_tuned(folder, args, config):
     if "fic" not in args.without:
         same.append("hidden_size")
     for name in same:
-        if getattr(model.config, name) != getattr(config, name):
-            raise ValueError(f"{folder}: its {name} is {getattr(model.config, name)}, that of "
-                             f"--model is {getattr(config, name)}")
+        size, wanted = getattr(model.config, name), getattr(config, name)
+        if size != wanted:
+            raise ValueError(f"{folder}: its {name} is {size}, that of --model is {wanted}")
     return model
-
-
-def check_teacher(args, dense):
-    """ValueError if a given teacher is far worse than chance: its outputs are other classes than
-    they are taken for."""
-    words = TASKS[args.task].words
-    if args.teacher is not None and dense.get("accuracy", 1) < 0.8 / max(1, len(words)):
-        raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config.json"
-                         f" an id2label, the words {words} in the order of its outputs")
 
 
 def tune_cpu():
@@ -1301,11 +1202,14 @@ def tune_cpu():
 def cap(args):
     """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
     show it if its folder holds it finished. Returns its record."""
-    if args.method in ("magnitude", "structured"):  # which have no scores
-        args.score_init = "none"
     # the input: all of it is looked at before anything is written
-    device = choose_device(args)
-    tokenizer, model, teacher = load_models(args)
+    device, words = choose_device(args), TASKS[args.task].words
+    outputs = max(1, len(words))
+    tokenizer = load_tokenizer(model_folder(args.model))
+    torch.manual_seed(args.seed)  # of the new classifier
+    model, teacher = from_pretrained(args.model, outputs), None
+    if args.teacher is not None:
+        teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
     settle_schedule(args, len(data))
     run = Run(args, run_config(args, data, model, teacher))
@@ -1318,8 +1222,8 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
-    say(f"{args.task}: {len(data)} examples, {pruning_epochs(args)} epochs on {device}, "
-        f"{args.dtype}, {args.method}, scores from {args.score_init}, run folder {args.out}")
+    say(f"{args.task}: {len(data)} examples on {device}, {args.method}, scores from "
+        f"{args.score_init}, {args.dtype}, run folder {args.out}")
     if run.saved is not None:
         say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 
@@ -1333,7 +1237,9 @@ def cap(args):
         run.enter("other")
         run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
-        check_teacher(args, run.dense)
+        if args.teacher is not None and run.dense.get("accuracy", 1) < 0.8 / outputs:
+            raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config"
+                             f".json an id2label, the words {words} in the order of its outputs")
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1347,7 +1253,7 @@ def cap(args):
     if not structured:
         add_masks(model, args.score_init)
     elif run.saved is not None:
-        model = of_sizes(model, run.layer_sizes)  # as it was saved
+        model = of_sizes(model, run.saved["layer_sizes"])
     for run.stage in range(run.stage, len(stages(args))):
         if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
@@ -1359,14 +1265,12 @@ def cap(args):
 
     # the record, of the exported folder
     run.enter("other")
-    model = load_fine_tuned(args.out / "model", args, model.config).to(device)
+    model = from_pretrained(args.out / "model", num_labels=None).to(device)
     record = make_record(run, model, data, dev_sets)
     if rank() == 0:
-        draw_curve(args.out, run.dense)
+        draw_curve(run)
         write_json(record, args.out / "record.json")
-        run.lock.close()
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
-    wait_for_all()
     print_summary(args, record)
     return record
 
@@ -1379,8 +1283,8 @@ def main(argv=None):
         join_processes()
         cap(args)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        lines = (str(error) or "out of memory").splitlines()
-        sys.stderr.write(f"error: {lines[0]}\n")  # in one go, if several processes have one to tell
+        reason = str(error).partition("\n")[0] or "out of memory"
+        sys.stderr.write(f"error: {reason}\n")  # in one go, if several processes have one to tell
         return 2
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from what was saved last")

@@ -209,7 +209,7 @@ def prune_side(options, folder):
     total = clock() - start
     # the last steps, which have the final sparsity; one lasts from its masks to those of the next
     steps = args.epochs * math.ceil(len(data) / args.batch_size)
-    final = 3 * cap_min.warmup_steps(args, steps)
+    final = 3 * round(args.warmup * steps)
     parts = {name: median_ms(found[-final:]) for name, found in spans.items()}
     parts["forward"] -= parts["loss"]  # which was watched within
     starts = [first for first, _ in spans["masks"][-final:]]

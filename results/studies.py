@@ -124,7 +124,7 @@ def compare(args, seeds):
             record = cap_min.cap(argparse.Namespace(**vars(args) | options))
             records[name] = record
             if teacher is None:
-                teacher = str(args.out / name / "teacher")
+                teacher = str((args.out / name / "teacher").resolve())
         dense[f"dense-seed{seed}"] = record | {"pruned": record["dense"]}
     write_table(records | dense, args.out / "compare.md")
 
@@ -146,7 +146,7 @@ def probe(run, args):
         raise ValueError(f"{run} is no finished run with a record.json") from None
     # models and data; of a model without a pooler this is drawn
     torch.manual_seed(0)
-    args.model, args.dtype = str(run / "model"), "fp32"
+    args.model, args.dtype = str((run / "model").resolve()), "fp32"
     device = cap_min.choose_device(args)
     classes = max(1, len(TASKS[args.task].words))
     models = {name: from_pretrained(folder, classes) for name, folder in folders.items()}
@@ -437,7 +437,7 @@ def main(argv=None):
     add = studies.add_parser("probe", help="linear classifiers on frozen encoders").add_argument
     add("run", type=Path, help="folder of a finished run")
     add("--task", choices=TASKS, required=True)
-    add("--data-dir", help="folder with the task's folder; None: downloaded")
+    add("--data-dir", type=os.path.abspath, help="folder with the task's folder; None: downloaded")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add("--max-train", type=cap_min.number(int, 1), help="training rows; None: all")
     add = studies.add_parser("geometry", help="what the losses ask for").add_argument
