@@ -95,11 +95,11 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sample gives two numbers, between which the k-th largest is to be searched
-    sample, pruned = row[::127], 1 - k / len(row)
-    reach = (2 + 2.5 * math.sqrt(len(sample) * pruned * (1 - pruned))) / len(sample)
-    shares = np.clip([pruned - reach, pruned + reach], 0, 1)
-    low, high = np.quantile(sample, shares, method="nearest")
+    # a sorted sample gives two numbers, between which the k-th largest is to be searched
+    sample, fraction = np.sort(row[::127]), k / len(row)
+    middle = int(len(sample) * (1 - fraction))
+    reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
+    low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
     above = row > high
     between, missing = row[~above & (row >= low)], k - np.count_nonzero(above)
     if not 0 < missing <= len(between):  # the sample misled
@@ -1122,8 +1122,8 @@ def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
     # does the model know all pieces and positions?
     if tokenizer.size > config.vocab_size:
-        raise ValueError(f"{args.model}: vocab.txt has {tokenizer.size} pieces, the model knows "
-                         f"{config.vocab_size}")
+        raise ValueError(f"{args.model}: its vocabulary has {tokenizer.size} pieces, the model "
+                         f"knows {config.vocab_size}")
     if not 3 <= args.max_length <= config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length} is not between 3 and the model's "
                          f"{config.max_position_embeddings} positions")

@@ -124,7 +124,7 @@ def draw_demo():
 def save(figure, name):
     """A picture whose file is the same whenever it is drawn."""
     import matplotlib
-    matplotlib.rcParams["svg.hashsalt"] = name
+    matplotlib.rcParams["svg.hashsalt"] = name.removesuffix(".svg")
     figure.tight_layout()
     figure.savefig(HERE / name, metadata={"Date": None})
 
@@ -133,19 +133,15 @@ def draw_geometry():
     """results/geometry.svg: what the losses ask of a model that still is what its ancestor was."""
     from matplotlib import pyplot
     figure, (losses, cosines, snapshots) = pyplot.subplots(1, 3, figsize=(10, 3.2))
-    names = []
-    for path in sorted(HERE.glob("geometry-*.json")):
-        task = path.stem.removeprefix("geometry-")
-        for bank, found in read_json(path)["banks"].items():
-            height = -len(names)
-            names.append(f"{task}, {bank.replace('prc', 'PrC').replace('fic', 'FiC')}")
-            losses.plot([found["best_loss"], found["loss"]], [height, height], "-", color="gray")
-            losses.plot(found["loss"], height, "o", color="tab:red")
-            losses.plot(found["best_loss"], height, "o", color="tab:green")
-            cosines.barh(height, found["best_cosine"], color="tab:green")
-            if "mean" not in bank:
-                snapshots.plot(range(1, 10), found["snapshots"], label=names[-1])
-    losses.set_yticks(range(0, -len(names), -1), names, fontsize=8)
+    records = geometry_records()
+    for i, (name, found) in enumerate(records.items()):
+        losses.plot([found["best_loss"], found["loss"]], [-i, -i], "-", color="gray")
+        losses.plot(found["loss"], -i, "o", color="tab:red")
+        losses.plot(found["best_loss"], -i, "o", color="tab:green")
+        cosines.barh(-i, found["best_cosine"], color="tab:green")
+        if "mean" not in name:
+            snapshots.plot(range(1, 10), found["snapshots"], label=name)
+    losses.set_yticks(range(0, -len(records), -1), records, fontsize=8)
     losses.set_title("loss: now (red), at best (green)", fontsize=9)
     cosines.set_yticks([])
     cosines.set_xlim(0, 1)
@@ -239,6 +235,30 @@ def probe_table():
                   "movement + KD", "CAP"], rows)
 
 
+def geometry_records():
+    """{"TASK, BANK": figures} of what `studies.py geometry` found."""
+    found = {}
+    for path in sorted(HERE.glob("geometry-*.json")):
+        task = path.stem.removeprefix("geometry-")
+        for bank, figures in read_json(path)["banks"].items():
+            found[f"{task}, {bank.replace('prc', 'PrC').replace('fic', 'FiC')}"] = figures
+    return found
+
+
+def geometry_table():
+    """One row for each bank."""
+    rows = []
+    for name, found in geometry_records().items():
+        official, supcon = found["supervised"].values()
+        first, *_, last = found["snapshots"]
+        rows.append([name, f"{found['mean_cosine']:.2f}", f"{found['loss']:.2f}",
+                     f"{found['best_loss']:.2f}", f"{found['best_cosine']:.2f}",
+                     f"{official:.3f}", f"{supcon:.2f}", f"{first:.3f}", f"{last:.4f}"])
+    return table(["bank", "mean cosine of two examples", "L^u now", "at best", "cosine of that to "
+                  "the ancestor", "gradient of w_s L^s over w_u L^u", "supcon, w_s = 1",
+                  "gradient, K = 1", "K = 9"], rows)
+
+
 def selection_table():
     """What `studies.py grid` wrote."""
     return (HERE / "selection" / "grid.md").read_text(encoding="utf-8").strip()
@@ -326,8 +346,8 @@ def equation_table():
 # ----------------------------------------------------------------------------- pages
 
 TABLES = {"demo": demo_table, "glue": glue_table, "epochs": epochs_table, "methods": methods_table,
-          "probes": probe_table, "selection": selection_table, "throughput": throughput_table, "latency": latency_table,
-          "equations": equation_table}
+          "probes": probe_table, "geometry": geometry_table, "selection": selection_table,
+          "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 
 
 def render():
