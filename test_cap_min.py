@@ -1104,10 +1104,14 @@ def work(options, rank, count, port):
     sys.exit(main(options))
 
 
+def free_port():
+    with socket.create_server(("localhost", 0)) as free:
+        return str(free.getsockname()[1])
+
+
 def start(options, count=1):
     """`count` processes at work on one run."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = free_port()
     started = [FORKS.Process(target=work, args=(options, i, count, port)) for i in range(count)]
     for process in started:
         process.start()
@@ -1222,6 +1226,26 @@ def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_p
     logs = [steps_of(tmp_path / name) for name in ("one", "two")]
     for first, second in zip(*logs, strict=True):
         assert first["gradient_share"] == pytest.approx(second["gradient_share"], abs=2e-3)
+
+
+def test_two_machines(pretrained, glue, tmp_path):
+    """Two agents of torchrun with two processes each, and caches of their own that hold model and
+    data, share a run folder."""
+    agents, port = [], free_port()
+    for node in ("0", "1"):
+        shutil.copytree(glue, tmp_path / node / "glue")
+        shutil.copytree(pretrained, tmp_path / node / "bert-base-uncased")
+        agents.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
+             "--master_addr", "127.0.0.1", "--master_port", port, "--nproc_per_node", "2",
+             HERE / "cap_min.py", "--task", "sst2", "--epochs", "2", "--max-train", "50",
+             "--batch-size", "8", "--max-length", "16", "--device", "cpu", "--out",
+             tmp_path / "run"], stdout=subprocess.DEVNULL,
+            env=os.environ | {"CAP_CACHE": str(tmp_path / node), "OMP_NUM_THREADS": "1"}))
+    assert [agent.wait() for agent in agents] == [0, 0]
+    record = record_of(tmp_path / "run")
+    assert record["sparsity"]["kept"] == 2 * (4 * round(0.03 * 256) + 2 * round(0.03 * 512))
+    assert "4 processes" in record["versions"]["machine"]
 
 
 def test_a_machine_that_does_not_share_the_run_folder(command, tmp_path, monkeypatch, capsys):
