@@ -561,8 +561,8 @@ def train(run, model, data, ancestors=None, dev_sets=None):
 
 
 def after_epoch(run, model, data, ancestors, dev_sets, entry):
-    """After an epoch of pruning: a snapshot, for CAP-f only if it ends a stage, but none after the
-    last epoch; and a dev score. entry: the epoch's last one in the log."""
+    """A snapshot after an epoch of pruning, but not after the last one, and in CAP-f only at the
+    end of a stage; and a dev score. entry: the epoch's last one in the log."""
     args, epochs = run.args, run.args.epochs * len(stages(run.args))
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
@@ -688,6 +688,7 @@ def remove_least_important(run, model, data, ancestors, sparsity):
     fraction `sparsity` of the original heads, and of the neurons, is then gone. NOTE deviation: a
     layer may lose all of them."""
     say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
+    # the same share of each kind
     config, masks = model.config, []
     for importances, units in zip(importance(run, model, data, ancestors),
                                   (config.num_attention_heads, config.intermediate_size)):
@@ -723,8 +724,8 @@ class Run:
 
     def begin(self):
         """Make the run folder, or take over the position of a stopped run and cut its log to what
-        it was then. ValueError if another process uses the folder, this machine does not see it, or
-        what was saved is damaged."""
+        it was then. ValueError if another process uses the folder, if the machines do not share it,
+        or if what was saved is damaged."""
         # its folder, for one run at a time
         out = self.args.out
         if rank() == 0:
@@ -734,30 +735,29 @@ class Run:
             self.log_file = locked(self.log_path)
         wait_for_all()
         for _ in range(40):  # a network folder may show it late
-            if not self.log_path.exists():
-                time.sleep(1)
-        if not self.log_path.exists():
+            if self.log_path.exists():
+                break
+            time.sleep(1)
+        else:
             raise ValueError(f"{out} is not the folder that process 0 writes to: all machines must "
                              "share it")
         # where it was
-        path = self.folder / "state.pt"
-        if path.exists():
-            try:
-                self.saved = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:  # torch raises half a dozen types here
-                raise ValueError(f"{path} is damaged: delete {out}") from None
+        if (self.folder / "state.pt").exists():
+            self.saved = self.load("state")
             vars(self).update(self.saved["position"])
         wait_for_all()  # else process 0 could save before another has looked
         # without what a kill has left half written
         if rank() == 0:
-            self.log_file.truncate(self.log_size)
-            for torn in self.folder.glob("*.tmp"):
+            self.log_file.truncate(min(self.log_size, self.log_path.stat().st_size))
+            for torn in out.rglob("*.tmp"):
                 torn.unlink()
 
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
         check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
+        if rank() == 0:
+            os.fsync(self.log_file.fileno())  # else a power cut could leave less than what is saved
         self.log_size = self.log_path.stat().st_size
         position = asdict(self)
         del position["args"], position["config"]
@@ -780,11 +780,19 @@ class Run:
             raise OSError(f"{path} could not be written: the disk may be full; what was saved "
                           "before is kept") from None
 
+    def load(self, name, mmap=False):
+        """What checkpoint/NAME.pt holds. ValueError if it is damaged."""
+        path = self.folder / f"{name}.pt"
+        try:
+            return torch.load(path, map_location="cpu", mmap=mmap)
+        except Exception:  # torch raises half a dozen types here
+            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+
     def read(self, name, device):
         """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
         there, else memory-mapped, so that the system keeps in memory what fits."""
         wait_for_all()  # until it is written
-        tensor = torch.load(self.folder / f"{name}.pt", map_location="cpu", mmap=True)
+        tensor = self.load(name, mmap=True)
         if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
             return tensor.to(device)
         return tensor
@@ -818,12 +826,13 @@ def locked(path):
 def run_config(args, data, model, teacher):
     """What decides the result of a run, as JSON: flags, training rows, and the weights of its
     pre-trained model and of its teacher, if one is given."""
-    # models and data by their content, flags by their values but those of the machine
-    weights = hashlib.sha256()
+    # models by their content
+    weights = hashlib.sha256(str(model.config).encode())
     for module in (model.bert, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
                 weights.update(tensor.cpu().numpy())
+    # flags, but those of the machine
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "device", "checkpoint_minutes")}
     return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
@@ -836,7 +845,7 @@ def finished_record(run):
     out = run.args.out
     if (out / "config.json").exists():
         before = read_json(out / "config.json")
-        differing = [f"{name} {before.get(name)}" for name, value in run.config.items()
+        differing = [f"{name} {before.get(name)!s:.20}" for name, value in run.config.items()
                      if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
         if differing:
             raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
@@ -958,10 +967,10 @@ def gather(rows, size):
     """From the rows (b, D) of each process's part to those of the whole batch (B, D). All n
     processes compute its loss, but each the gradient of its own rows; this counts n times, since
     DistributedDataParallel then takes the mean."""
-    # the others' rows without a gradient, and one's own with it
     whole = rows.new_zeros(size, rows.size(1))
     whole[rank()::processes()] = rows.detach()
-    summed(whole)[rank()::processes()] = rows
+    summed(whole)  # the rows of all, without a gradient
+    whole[rank()::processes()] = rows  # one's own, with it
     whole.register_hook(lambda gradient: gradient * processes())
     return whole
 
@@ -1149,8 +1158,8 @@ def label_order(labels, words):
 
 
 def meaning(label, words):
-    """The word that a label means: the word itself or, if it is none, the word whose number it is,
-    or which begins with it (neg, pos)."""
+    """The word that a label means: the word itself, else the word with that number, else the one
+    that begins so (neg, pos)."""
     label = label.lower()
     for word in words:
         if label == word.lower():
@@ -1212,6 +1221,8 @@ def cap(args):
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
     settle_schedule(args, len(data))
+    if model.config.layer_sizes is not None:
+        raise ValueError(f"{args.model}: some of its heads or neurons are gone already")
     run = Run(args, run_config(args, data, model, teacher))
     record = finished_record(run)
     wait_for_all()  # else one could write before another has looked
@@ -1239,7 +1250,8 @@ def cap(args):
         say(f"dense, dev: {show_scores(run.dense)}")
         if args.teacher is not None and run.dense.get("accuracy", 1) < 0.8 / outputs:
             raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config"
-                             f".json an id2label, the words {words} in the order of its outputs")
+                             f".json an id2label, the words {words} in the order of its outputs, "
+                             f"and delete {args.out}")
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1270,6 +1282,7 @@ def cap(args):
     if rank() == 0:
         draw_curve(run)
         write_json(record, args.out / "record.json")
+        run.log_file.close()
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     print_summary(args, record)
     return record

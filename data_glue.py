@@ -149,7 +149,7 @@ def read_text(path):
 
 
 # a field in quotes, between tabs or the ends of a line
-QUOTED = re.compile(r'"(?<![^\t\n]")((?:[^"]|"")*)"(?![^\t\r\n])')
+QUOTED = re.compile(r'(?:^|(?<=\t))"((?:[^"]|"")*)"(?=[\t\r]|$)', re.MULTILINE)
 
 
 def is_quoted(text):
@@ -157,13 +157,13 @@ def is_quoted(text):
     its own doubled. GLUE's files have bare quotes, or none that is doubled."""
     fields = QUOTED.findall(text)
     inside = "".join(fields)
-    return '""' in inside and text.count('"') == inside.count('"') + 2 * len(fields)
+    return '"' in inside and text.count('"') == inside.count('"') + 2 * len(fields)
 
 
 def read_label(task, written, where):
     """A label's position in the task's words, or the value of a regression. ValueError if none."""
     if task.words:
-        known = [str(i) for i in range(len(task.words))] + task.words
+        known = task.words + [str(i) for i in range(len(task.words))]
         if written not in known:
             raise ValueError(f"{where}: label {written[:50]!r}, not one of {', '.join(known)}")
         return known.index(written) % len(task.words)
@@ -320,9 +320,10 @@ def load_tokenizer(folder):
                 "strip_accents": config.get("strip_accents"),
                 "handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
     try:
-        if not set(settings.values()) <= {True, False, None}:
-            raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is neither "
-                             "true nor false")
+        for name, value in settings.items():
+            if value not in (True, False) and (name, value) != ("strip_accents", None):
+                raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is "
+                                 "neither true nor false")
         vocab_file = "vocab.txt"
         if backend:
             check_backend(backend, settings)

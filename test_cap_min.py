@@ -1157,8 +1157,9 @@ def test_the_same_run_twice_at_once_is_refused(tmp_path):
 
 
 def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monkeypatch, capsys):
-    """After a stop, one label, or one weight, is changed: refused, until it is changed back; so is
-    a state that is cut short. In other folders the same files are the same run."""
+    """After a stop, a label, a weight or a dropout rate is changed: refused, until it is changed
+    back; so is a state that is cut short. In other folders the same files are the same run, which
+    misses neither a log that was deleted nor what a kill left half written."""
     folder, out = shutil.copytree(glue, tmp_path / "glue"), tmp_path / "run"
     bert = shutil.copytree(pretrained, tmp_path / "bert")
     options = command(out, "movement", "--data-dir", str(folder), "--max-train", "320",
@@ -1168,19 +1169,24 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
         assert main(options) == 130
     assert "the same command goes on" in capsys.readouterr().out
     state, train = out / "checkpoint" / "state.pt", folder / "SST-2" / "train.tsv"
-    weights = bert / "model.safetensors"
+    weights, config = bert / "model.safetensors", bert / "config.json"
     other = bytearray(weights.read_bytes())
     other[-300] += 1  # of the pooler's bias; the last 204 bytes are the classifier's
     for path, damaged, sentence in (
             (state, state.read_bytes()[:-100], f"error: {state} is damaged: delete {out}\n"),
             (train, train.read_bytes()[:-2] + b"0\n", "another run, with train_sha256 "),
-            (weights, other, "another run, with weights_sha256 ")):
+            (weights, other, "another run, with weights_sha256 "),
+            (config, config.read_bytes().replace(b"0.1", b"0.2"), "with weights_sha256 ")):
         content = path.read_bytes()
         path.write_bytes(damaged)
         assert main(options) == 2 and sentence in capsys.readouterr().err
         path.write_bytes(content)
     moved = ["--data-dir", str(glue), "--model", str(pretrained), "--device", "auto"]
+    (out / "log.jsonl").unlink()
+    (out / "teacher").mkdir()
+    (out / "teacher" / "model.safetensors.7.tmp").write_bytes(b"torn")
     assert main([*options, *moved]) == 0 and "goes on after 3 epochs" in capsys.readouterr().out
+    assert not list(out.rglob("*.tmp")) and len(steps_of(out)) == 80
     assert main(options) == 0 and "is finished" in capsys.readouterr().out
 
 
@@ -1295,7 +1301,8 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
     (["--warmup", "0.2"], "14 steps with --warmup 0.2 have no room"),
     (["--teacher", "swapped"], "swapped: its labels are {0: 'good', 1: 'bad'}"),
     (["--teacher", "small"], "small: its "),
-    (["--model", "swapped"], "has 43 pieces, the model knows 42")])
+    (["--model", "swapped"], "has 43 pieces, the model knows 42"),
+    (["--model", "removed"], "removed: some of its heads or neurons are gone already")])
 def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretrained, tmp_path,
                                            monkeypatch, capsys):
     """Exit status 2, one line on stderr, and no run folder has been made. What a teacher calls
@@ -1306,6 +1313,8 @@ def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretraine
     save_pretrained(model, "swapped")
     Path("swapped/vocab.txt").write_text("\n".join([*PIECES, "more"]), "utf-8")
     save_pretrained(BertClassifier(BertConfig(**{**vars(TINY), "hidden_size": 8})), "small")
+    save_pretrained(removed_units()[1], "removed")
+    shutil.copy(pretrained / "vocab.txt", "removed")
     small = cap_min.parse(command("run", "movement", "--without", "prc", "snc", "fic"))
     cap_min.load_fine_tuned("small", small, model.config)  # it serves for distillation alone
     capsys.readouterr()
@@ -1392,7 +1401,8 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     ("sst2", b"sentence\tlabel\n", "no examples"),
     ("sst2", b"\n\nlabel\n", "line 3: no column 'sentence', only ['label']"),
     ("sst2", b"sentence\tlabel\ngood\t1\n\xff\t1\n", "line 3: not valid UTF-8"),
-    ("sst2", b"sentence\tlabel\ngood\t" + b"1" * 9000, f"label '{'1' * 50}', not one of 0, 1"),
+    ("sst2", b"sentence\tlabel\ngood\t" + b"1" * 9000,
+     f"label '{'1' * 50}', not one of negative, positive, 0, 1"),
     ("sst2", b"x" * 9000, "line 1: no column 'sentence', only ['xxx"),
     ("sst2", b'sentence\tlabel\n"""a""\nb"\t1\nc\t2\n', "line 4: label '2'"),
     *(("stsb", b"sentence1\tsentence2\tscore\na\tb\t0\na\tb\t5\na\tb\t" + written,
@@ -1427,6 +1437,12 @@ def test_files_as_they_are(task, text, wanted, tmp_path):
     (tmp_path / TASKS[task].folder).mkdir()
     (tmp_path / TASKS[task].folder / "train.tsv").write_bytes(text.encode())
     assert load(task, "train", tmp_path) == [wanted]
+
+
+def test_words_come_before_numbers():
+    """Where a task's own words are numbers."""
+    stars = data_glue.Task("stars", "text", None, "label", ["5", "1"])
+    assert [data_glue.read_label(stars, written, "") for written in ("5", "1", "0")] == [0, 1, 0]
 
 
 # --------------------------------------------------------------------- load and save

@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 
 import cap_min  # noqa: E402
 from bert_min import from_pretrained, read_json, replacing, write_json  # noqa: E402
-from data_glue import TASKS, load_tokenizer  # noqa: E402
+from data_glue import TASKS, is_quoted, load_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------- table
 
@@ -211,6 +211,8 @@ def geometry(run, device):
         args = argparse.Namespace(**config | {"device": device, "max_train": 32 + config["extra"]})
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no finished run with a record.json") from None
+    if args.w_unsup == 0:
+        raise ValueError(f"{run} gave the unsupervised terms no weight, with which others compare")
     device = cap_min.choose_device(args)
     classes, found = max(1, len(TASKS[args.task].words)), {}
     for name, folder in folders.items():
@@ -218,6 +220,8 @@ def geometry(run, device):
         model = from_pretrained(cap_min.model_folder(folder), classes).to(device)
         if not found:
             data, _ = cap_min.load_data(args, load_tokenizer(run / "model"), model.config)
+            if len(data) <= 32:
+                raise ValueError(f"{run} has no more than a batch of 32 examples")
         pooled, labels = cap_min.encode(model, data), data.labels.round().to(device)
         found[name] = facts(pooled, labels, args)
         found[f"{name}, mean taken off"] = facts(pooled - pooled.mean(0), labels, args)
@@ -274,14 +278,17 @@ def facts(pooled, labels, args):
 
 def hold_out(task, data_dir, count, out):
     """Write to `out` a task's folder whose dev sets are `count` rows of its training set, drawn by
-    a fixed seed, and whose training set has the others. ValueError if it has no more, or if `out`
-    is where its data lie."""
+    a fixed seed, and whose training set has the others. ValueError if it has no more, if it is
+    written with quotes, as pandas does, or if `out` is where its data lie."""
     task = TASKS[task]
     if out.resolve() == data_dir.resolve():
         raise ValueError(f"{out} has the task's own files: choose another --out")
-    lines = (data_dir / task.folder / task.files["train"]).read_bytes().split(b"\n")
+    path = data_dir / task.folder / task.files["train"]
+    if is_quoted(path.read_text(encoding="utf-8")):
+        raise ValueError(f"{path}: only files without quoting can be divided")
+    lines = path.read_bytes().split(b"\n")
     rows, header = [line for line in lines if line.rstrip(b"\r")], []
-    if not task.header or task.label.encode() in rows[0].split(b"\t"):
+    if rows and (not task.header or task.label.encode() in rows[0].split(b"\t")):
         header.append(rows.pop(0))
     if count >= len(rows):
         raise ValueError(f"its training set has {len(rows)} rows, no more than {count}")
