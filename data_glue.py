@@ -348,7 +348,9 @@ def load_tokenizer(folder):
 
 def read_if_there(path):
     """The object in a JSON file, {} without a file."""
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_json(path)
 
 
 def check_backend(backend, settings):

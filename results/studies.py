@@ -13,7 +13,7 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           a data folder whose dev set is drawn from the training set, to choose settings on
 The same command after a stop goes on; what is finished is not done again.
 
-LIST has the options of one run a line; # begins a comment. A name and a colon may stand before
+LIST has the options of one run a line, --form of forms.py too; # begins a comment. A name and a colon may stand before
 them, else the run has the name that cap_min.py gives its folder: TASK-SPARSITY[...]-seedSEED.
 
     cap-seed0: --task sst2 --seed 0
@@ -44,9 +44,10 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import cap_min  # noqa: E402
+import forms  # noqa: E402
 from bert_min import from_pretrained, read_json, replacing, write_json  # noqa: E402
 from data_glue import TASKS, is_quoted, load_tokenizer  # noqa: E402
 
@@ -302,7 +303,7 @@ def hold_out(task, data_dir, count, out):
 
 # ------------------------------------------------------------------------------ grid
 
-COMMAND = [sys.executable, str(ROOT / "cap_min.py")]
+COMMAND = [sys.executable, str(ROOT / "results" / "forms.py")]
 TEACHER = re.compile(r"\{teacher:(.*?)\}")
 GRACE = 10  # seconds that a run has to end after it was told to
 
@@ -316,7 +317,7 @@ def read_list(path):
             options = shlex.split(text, comments=True)
             if name is None and not options:
                 continue
-            args = cap_min.parse(options)
+            args = forms.parse(options)
             name = name or args.out.name
             if name in runs:
                 raise ValueError(f"a line above is named {name} too")

@@ -18,6 +18,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import forms  # noqa: E402
 import studies  # noqa: E402
 
 import cap_min  # noqa: E402
@@ -169,6 +170,76 @@ def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
     assert studies.main(["probe", str(run), *options]) == 2
     out, error = capsys.readouterr()
     assert "gone: no such folder" in error and "dev:" not in out
+
+
+# ----------------------------------------------------------------------------- forms
+
+
+class Masked(torch.nn.Module):
+    """Two matrices of four weights, with these scores."""
+
+    def __init__(self, *scores):
+        super().__init__()
+        self.masks = torch.nn.ModuleList()
+        for values in scores:
+            mask = cap_min.Mask(torch.zeros(4), "zero")
+            mask.scores.data = torch.logit(torch.tensor(values))
+            self.masks.append(mask)
+
+    def kept(self):
+        return [mask.mask.tolist() for mask in self.masks]
+
+
+def test_forms_of_the_criterion():
+    """One top-k over both keeps the 4 largest of 8. By mean scores of 0.8 and 0.2, half of 8 is
+    divided 0.8 to 0.2: round(3.2) and round(0.8). At 0.9 and 0.1, of three quarters the first would
+    keep 1.35: it keeps all 4, and the second the other 2."""
+    model = Masked([0.9, 0.8, 0.7, 0.1], [0.6, 0.2, 0.3, 0.4])
+    forms.one_topk(model, 0.5)
+    assert model.kept() == [[True, True, True, False], [True, False, False, False]]
+    model = Masked([0.85, 0.8, 0.75, 0.8], [0.2, 0.3, 0.1, 0.2])
+    forms.by_mean_score(model, 0.5, 0.5)
+    assert model.kept() == [[True, True, False, True], [False, True, False, False]]
+    model = Masked([0.9] * 4, [0.1] * 4)
+    forms.by_mean_score(model, 0.75, 0.25)
+    assert model.kept() == [[True] * 4, [True, True, False, False]]
+
+
+def test_forms_of_the_contrast(monkeypatch):
+    """With its mean off, a bank is that of the centred vectors, and a model equal to its ancestor
+    that of the centred bank. SnC of two snapshots counts twice; while the density is 1 there are
+    only the task and the teacher."""
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(8, 4) + 3, dim=-1)
+    labels, index, extra = torch.arange(8) % 2, torch.arange(2), torch.arange(2, 8)
+    centred = torch.nn.functional.normalize(bank - bank.mean(0), dim=-1)
+    got = forms.mean_off(bank[:2], index, labels[:2], [bank], labels, extra, 0.1, "official")
+    wanted = cap_min.contrastive_loss(centred[:2], index, labels[:2], [centred], labels, extra)
+    assert [loss.item() for loss in got] == pytest.approx([loss.item() for loss in wanted])
+    ancestors = cap_min.Ancestors({"snc": [bank, bank]}, torch.zeros(8, 2), labels)
+    case = (torch.zeros(2, 2), bank[:2], {"index": index, "labels": labels[:2]}, ancestors, extra,
+            cap_min.parse([]))
+    plain = cap_min.cap_terms(*case)
+    assert forms.snc_times_k(*case)["snc"].item() == pytest.approx(2 * plain["snc"].item())
+    monkeypatch.setattr(forms, "density_now", [1.0])
+    assert list(forms.once_pruned(*case)) == ["ce", "kd"]
+    assert forms.watched_density(5, 10, 1.0, 0.2, 0, 0) == forms.density_now[0] < 1
+    assert list(forms.once_pruned(*case)) == ["ce", "kd", "snc"]
+
+
+def test_every_form_changes_what_is_there(monkeypatch):
+    """Each is a function of cap_min, and a run's record tells it."""
+    for changes in forms.FORMS.values():
+        assert all(hasattr(cap_min, name) for name in changes)
+    for name in ("cap", "set_masks", "cap_terms", "parse"):
+        monkeypatch.setattr(cap_min, name, getattr(cap_min, name))
+    ran = []
+    monkeypatch.setattr(cap_min, "cap", ran.append)
+    monkeypatch.setattr(cap_min, "tune_cpu", lambda: None)
+    assert forms.main(["--form", "snc-times-k", "one-topk", "--seed", "3"]) == 0
+    assert ran[0].form == ["one-topk", "snc-times-k"] and ran[0].seed == 3
+    assert (cap_min.set_masks, cap_min.cap_terms) == (forms.one_topk, forms.snc_times_k)
+    assert not hasattr(forms.parse(["--task", "rte"]), "form")
 
 
 # -------------------------------------------------------------------------- geometry
