@@ -33,7 +33,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -76,7 +75,7 @@ def make_data(options):
                    torch.arange(count) % len(TASKS[options.task].words))
 
 
-def begin(args, data):
+def begin(args):
     """A run at its start. It saves no state: a real one does so once in ten minutes."""
     run = cap_min.Run(args, {})
     run.save = lambda model, optimizer: None
@@ -174,7 +173,7 @@ def dense_side(options, folder):
     model.bert.embeddings.requires_grad_(False)
 
     def epoch(rows):
-        cap_min.train(begin(args, rows), model, rows)
+        cap_min.train(begin(args), model, rows)
 
     return timed_epoch(epoch, data, options.warm * args.batch_size)
 
@@ -229,7 +228,7 @@ def prune_side(options, folder):
 def pruning_phase(args, data, model):
     """The pruning phase as in cap_min.cap, of a model that is its own teacher; returns its
     ancestors. The dev set has SST-2's and MNLI's share of the training set."""
-    run, dev = begin(args, data), data.head(math.ceil(len(data) / 100))
+    run, dev = begin(args), data.head(math.ceil(len(data) / 100))
     cap_min.store_ancestors(run, model, model, data)
     ancestors = cap_min.load_ancestors(run, data, model.classifier.weight.device)
     cap_min.add_masks(model, args.score_init)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -59,9 +58,7 @@ def watched_density(*position):
 
 def one_topk(model, density):
     """One top-k over all matrices in place of one in each."""
-    modules = cap_min.masks_of(model)
-    scores = parameters_to_vector([module.scores for module in modules])
-    vector_to_parameters(cap_min.topk_mask(scores, density), [module.mask for module in modules])
+    cap_min.set_soft_masks(model, density, sparsity=0)  # which is reached: no threshold
 
 
 def by_mean_score(model, density, sparsity):

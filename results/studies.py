@@ -13,8 +13,9 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           a data folder whose dev set is drawn from the training set, to choose settings on
 The same command after a stop goes on; what is finished is not done again.
 
-LIST has the options of one run a line, --form of forms.py too; # begins a comment. A name and a colon may stand before
-them, else the run has the name that cap_min.py gives its folder: TASK-SPARSITY[...]-seedSEED.
+LIST has the options of one run a line, --form of forms.py too; # begins a comment. A name and a
+colon may stand before them, else the run has the name that cap_min.py gives its folder:
+TASK-SPARSITY[...]-seedSEED.
 
     cap-seed0: --task sst2 --seed 0
     kd-seed0:  --task sst2 --seed 0 --without prc snc fic --teacher {teacher:cap-seed0}
@@ -49,7 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import cap_min  # noqa: E402
 import forms  # noqa: E402
 from bert_min import from_pretrained, read_json, replacing, write_json  # noqa: E402
-from data_glue import TASKS, is_quoted, load_tokenizer  # noqa: E402
+from data_glue import TASKS, is_quoted, load_tokenizer, read_text  # noqa: E402
 
 # ----------------------------------------------------------------------------- table
 
@@ -137,16 +138,10 @@ def probe(run, args):
     """Scores on args.task of a linear classifier on the frozen pooled vectors of three encoders of
     a finished run, pruned, dense (its teacher) and pre-trained, to RUN/probe_TASK.json. ValueError
     or FileNotFoundError, before any work, if the run or a model of it is not there."""
-    # where its models lie
-    try:
-        run_config = read_json(run / "record.json")["config"]
-        folders = {"pruned": run / "model", "dense": run_config["teacher"] or run / "teacher",
-                   "pretrained": run_config["model"]}
-        args.max_length = run_config["max_length"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{run} is no finished run with a record.json") from None
+    run_config, folders = read_run(run)
     # models and data; of a model without a pooler this is drawn
     torch.manual_seed(0)
+    args.max_length = run_config["max_length"]
     args.model, args.dtype = str((run / "model").resolve()), "fp32"
     device = cap_min.choose_device(args)
     classes = max(1, len(TASKS[args.task].words))
@@ -167,6 +162,20 @@ def probe(run, args):
     write_json({"run": run_config, "config": config, **origin(device),
                 "train_sha256": config["train_sha256"], "examples": examples, **scores},
                run / f"probe_{args.task}.json")
+
+
+def read_run(run):
+    """(configuration, {"pruned", "dense", "pretrained": folder}) of a finished run. ValueError if
+    it is none."""
+    try:
+        config = read_json(run / "record.json")["config"]
+        folders = {"pruned": run / "model", "dense": config["teacher"] or run / "teacher",
+                   "pretrained": config["model"]}
+        if not {"max_length", "extra"} <= config.keys():
+            raise KeyError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is no finished run with a record.json") from None
+    return config, folders
 
 
 def origin(device):
@@ -201,28 +210,26 @@ def fit_classifier(model, data):
 
 # -------------------------------------------------------------------------- geometry
 
+BATCH = 32  # anchors
+
 
 def geometry(run, device):
     """What eq. (5) to (7) ask of a model that still is what an ancestor was, to RUN/geometry.json:
     see `facts`, for the pre-trained model and the teacher of a finished run, as their banks are,
     and with the mean of each bank's vectors taken off. Nothing is trained."""
-    try:
-        config = read_json(run / "record.json")["config"]
-        folders = {"prc": config["model"], "fic": config["teacher"] or run / "teacher"}
-        args = argparse.Namespace(**config | {"device": device, "max_train": 32 + config["extra"]})
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{run} is no finished run with a record.json") from None
+    config, folders = read_run(run)
+    args = argparse.Namespace(**config | {"device": device, "max_train": BATCH + config["extra"]})
     if args.w_unsup == 0:
         raise ValueError(f"{run} gave the unsupervised terms no weight, with which others compare")
     device = cap_min.choose_device(args)
     classes, found = max(1, len(TASKS[args.task].words)), {}
-    for name, folder in folders.items():
+    for name, folder in (("prc", folders["pretrained"]), ("fic", folders["dense"])):
         torch.manual_seed(args.seed)  # of a pooler, where there is none
-        model = from_pretrained(cap_min.model_folder(folder), classes).to(device)
+        model = from_pretrained(folder, classes).to(device)
         if not found:
             data, _ = cap_min.load_data(args, load_tokenizer(run / "model"), model.config)
-            if len(data) <= 32:
-                raise ValueError(f"{run} has no more than a batch of 32 examples")
+            if len(data) <= BATCH:
+                raise ValueError(f"{run} has no more than a batch of {BATCH} examples")
         pooled, labels = cap_min.encode(model, data), data.labels.round().to(device)
         found[name] = facts(pooled, labels, args)
         found[f"{name}, mean taken off"] = facts(pooled - pooled.mean(0), labels, args)
@@ -232,26 +239,24 @@ def geometry(run, device):
 
 
 def facts(pooled, labels, args):
-    """Figures of one bank, whose vectors (N, D), not yet of length 1, are `pooled`. The first 32
+    """Figures of one bank, whose vectors (N, D), not yet of length 1, are `pooled`. The first BATCH
     examples are the batch, of a model that gives just these vectors; all others are drawn.
 
     mean_cosine: of two different examples. loss, best_loss: L^u there, and at the vectors that
     minimise it, whose cosine to the ancestor's is best_cosine. supervised: how large the gradient
     of w_s L^s is beside that of w_u L^u, in both norms; "supcon" with a tenth of w_s. snapshots:
     the gradient of both together from a bank of K = 1 to 9 such ancestors."""
-    bank = F.normalize(pooled, dim=-1)
-    index, extra = torch.arange(32), torch.arange(32, len(bank))
-    index, extra = index.to(bank.device), extra.to(bank.device)
+    bank, size = F.normalize(pooled, dim=-1), len(pooled)
+    index, extra = torch.arange(size, device=bank.device).split([BATCH, size - BATCH])
 
     def losses(queries, count=1, norm=args.norm):
-        return cap_min.contrastive_loss(queries, index, labels[:32], [bank] * count, labels,
+        return cap_min.contrastive_loss(queries, index, labels[:BATCH], [bank] * count, labels,
                                         extra[:args.extra // count], args.temperature, norm)
 
     def gradient(loss):
         return torch.autograd.grad(loss, anchors, retain_graph=True)[0].norm().item()
 
-    anchors = bank[:32].clone().requires_grad_()
-    size = len(bank)
+    anchors = bank[:BATCH].clone().requires_grad_()
     others = (bank.sum(0).square().sum() - size) / (size * (size - 1))
     found = {"mean_cosine": others.item(), "supervised": {}, "snapshots": []}
     for norm, w_sup in (("official", args.w_sup), ("supcon", args.w_sup / 10)):
@@ -262,7 +267,7 @@ def facts(pooled, labels, args):
         found["snapshots"].append(gradient(args.w_unsup * unsup + args.w_sup * sup))
     # the best vectors, by Adam
     found["loss"] = losses(anchors)[0].item()
-    best = bank[:32].clone().requires_grad_()
+    best = bank[:BATCH].clone().requires_grad_()
     optimizer = torch.optim.Adam([best], lr=0.01)
     for _ in range(500):
         loss = losses(best)[0]
@@ -270,7 +275,7 @@ def facts(pooled, labels, args):
         loss.backward()
         optimizer.step()
     found["best_loss"] = loss.item()
-    found["best_cosine"] = F.cosine_similarity(best, bank[:32]).mean().item()
+    found["best_cosine"] = F.cosine_similarity(best, bank[:BATCH]).mean().item()
     return found
 
 
@@ -285,7 +290,7 @@ def hold_out(task, data_dir, count, out):
     if out.resolve() == data_dir.resolve():
         raise ValueError(f"{out} has the task's own files: choose another --out")
     path = data_dir / task.folder / task.files["train"]
-    if is_quoted(path.read_text(encoding="utf-8")):
+    if is_quoted(read_text(path)):
         raise ValueError(f"{path}: only files without quoting can be divided")
     lines = path.read_bytes().split(b"\n")
     rows, header = [line for line in lines if line.rstrip(b"\r")], []
