@@ -20,9 +20,9 @@ TASK-SPARSITY[...]-seedSEED.
     cap-seed0: --task sst2 --seed 0
     kd-seed0:  --task sst2 --seed 0 --without prc snc fic --teacher {teacher:cap-seed0}
 
-{teacher:NAME} is the teacher of a run of a line above, which must have ended well. A finished run
-has its record and log in FOLDER/NAME.json and NAME.jsonl; its own folder is FOLDER/work/NAME,
-whatever its --out, and what it printed is in FOLDER/work/NAME.txt."""
+{teacher:NAME} is the teacher of a run of a line above, for which a run waits. A finished run has
+its record and log in FOLDER/NAME.json and NAME.jsonl; its own folder is FOLDER/work/NAME, whatever
+its --out, and what it printed is in FOLDER/work/NAME.txt."""
 
 import argparse
 import hashlib
@@ -378,12 +378,13 @@ def grid(path, out, jobs, minutes):
                     tell(f"{name} failed ({status}): {last_line(name, out)}")
             # what can begin
             for name in list(waiting):
-                needed = teachers(runs[name])
-                if failed.intersection(needed):
+                untrained = {run for run in teachers(runs[name])
+                             if not (out / "work" / run / "teacher" / "model.safetensors").exists()}
+                if untrained & (failed | done):
                     waiting.remove(name)
                     failed.add(name)
                     tell(f"{name} failed: it has no teacher")
-                elif len(running) < jobs and done.issuperset(needed):
+                elif len(running) < jobs and not untrained:
                     waiting.remove(name)
                     running[name] = start(name, runs[name], out, jobs)
                     tell(f"{name} begins")

@@ -313,13 +313,15 @@ if does == "fails":
 if does == "is-deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if does == "interrupts":
+    time.sleep(2)
     os.kill(os.getppid(), signal.SIGINT)
 if not does.isdigit() and not (out / "go").exists():
     time.sleep(60)
 if "--teacher" in options and not Path(options["--teacher"]).is_dir():
     sys.exit("no teacher")
-time.sleep(0.5)
 (out / "teacher").mkdir(exist_ok=True)
+(out / "teacher" / "model.safetensors").touch()
+time.sleep(0.5)
 (out / "log.jsonl").write_text("{}")
 (out / "record.json").write_text(json.dumps({
     "config": {"task": options["--task"]}, "seed": int(options["--seed"]),
@@ -420,12 +422,12 @@ def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
 
 
 def test_a_run_waits_for_its_teacher(grid, tmp_path, capsys):
-    """The second begins after the first has ended, and finds its teacher; the third, which needs
-    none, does not wait."""
+    """The second begins once the first has its teacher, before that ends, and finds it; the third,
+    which needs none, does not wait."""
     assert grid([line("first", 50), line("second", 50, more="--teacher {teacher:first}"),
                  line("third", 50)], "--jobs", "3") == 0
     out = capsys.readouterr().out
-    assert out.index("third begins") < out.index("first ended") < out.index("second begins")
+    assert out.index("third begins") < out.index("second begins") < out.index("first ended")
 
 
 def test_a_grid_ends_after_its_minutes_and_goes_on_later(grid, tmp_path, monkeypatch, capsys):
@@ -447,8 +449,8 @@ def test_a_grid_ends_after_its_minutes_and_goes_on_later(grid, tmp_path, monkeyp
 
 
 def test_ctrl_c_stops_all_runs(grid, tmp_path):
-    """The second run, which waits for the first, interrupts the grid while the third sleeps: none
-    is left, the status is 130, and the table has the first."""
+    """The second run interrupts the grid once the first has ended, while the third sleeps: none is
+    left, the status is 130, and the table has the first."""
     assert grid([line("first", 50), line("loud", "interrupts", more="--teacher {teacher:first}"),
                  line("slow", "sleeps")], "--jobs", "2") == 130
     assert_gone("loud", tmp_path)
