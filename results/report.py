@@ -2,7 +2,7 @@
 folder, the code and the tests.
 
 Run:  python results/report.py             rewrites the three pages in place
-      python results/report.py --picture   draws demo.svg and geometry.svg too (needs matplotlib)
+      python results/report.py --picture   draws the pictures too (needs matplotlib)
 
 In a page, what lies between `<!-- NAME -->` and `<!-- end -->` is made by the function
 TABLES[NAME].
@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "results")]
 from bert_min import read_json  # noqa: E402
 from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
-from studies import spread  # noqa: E402
+from studies import paired, spread  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "bench" / "README.md"]
 
@@ -156,38 +156,70 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
-def glue_table():
-    """One row for each task: the dense model, movement + KD and CAP."""
+ARMS = {"kd": "movement + KD", "cap": "CAP", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
+
+
+def answer_table():
+    """One row for each score of a task: the teacher and ARMS, mean and standard deviation; what the
+    contrast adds to either criterion, and CAP-soft's criterion to KD, paired by seed."""
     rows = []
-    for path in sorted(HERE.glob("*-cap-seed0.json")):
-        task = path.name.partition("-")[0]
-        found = comparison(f"{task}-")
-        row = [task]
-        for method in ("dense", "movement-kd", "cap"):
-            metrics = found[method][0]["pruned"]
-            row.append("/".join(spread(percents(found[method], metric)) for metric in metrics))
-        rows.append([*row, str(len(found["cap"]))])
-    return table(["dev accuracy, %", "dense (the teacher)", "movement + KD", "CAP", "seeds"], rows)
+    for task in ("mnli", "qqp", "sst2"):
+        found = comparison(f"answer/{task}-")
+        for metric in found["dense"][0]["pruned"]:
+            scores = {arm: dict(enumerate(percents(found[arm], metric))) for arm in found}
+            row = [f"{task}, {metric}"]
+            row += [spread(list(scores[arm].values())) for arm in ("dense", *ARMS)]
+            for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd"), ("soft-kd", "kd")):
+                row.append(paired(scores[arm], scores[other]).partition(" (")[0])
+            rows.append(row)
+    return table([f"dev score, %, {len(found['dense'])} seeds", "dense (the teacher)",
+                  *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD",
+                  "soft - movement, both + KD"], rows)
+
+
+def pruning_log(arm):
+    """Entries of the pruning phase in the log of MNLI's first run."""
+    lines = (HERE / "answer" / f"mnli-{arm}-seed0.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["phase"] == "prune"]
 
 
 def epochs_table():
-    """One row for each pruned run: dev score after each epoch, and who steered the encoder."""
+    """One row for each of ARMS: dev score after each epoch, and who steered the encoder."""
     rows = []
-    for path in sorted(HERE.glob("*-seed*.jsonl")):
-        scores, shares = [], []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry.get("phase") == "prune" and "dev" in entry:
-                first = next(iter(entry["dev"].values()))
-                scores.append(f"{100 * first:.1f} ({entry['kept']:.0%})")
-            if entry.get("phase") == "prune" and "gradient_share" in entry:
-                shares.append(entry["gradient_share"])
-        means = []
-        for name in shares[-1]:
-            mean = statistics.mean(share.get(name, 0) for share in shares)
-            means.append(f"{name} {mean:.2f}")
-        rows.append([path.stem, ", ".join(scores), ", ".join(means)])
-    return table(["run", "dev score after each epoch (weights kept)", "mean gradient share"], rows)
+    for arm, name in ARMS.items():
+        entries, means = pruning_log(arm), []
+        scores = [f"{100 * entry['dev']['accuracy']:.1f} ({entry['kept']:.0%})"
+                  for entry in entries if "dev" in entry]
+        shares = [entry["gradient_share"] for entry in entries if "gradient_share" in entry]
+        for term in shares[-1]:
+            means.append(f"{term} {statistics.mean(share.get(term, 0) for share in shares):.2f}")
+        rows.append([name, ", ".join(scores), ", ".join(means)])
+    return table(["MNLI, seed 0", "dev score after each epoch (weights kept)",
+                  "mean gradient share"], rows)
+
+
+def draw_epochs():
+    """results/mnli.svg: dev scores of MNLI's four runs, and who steers the encoder of CAP."""
+    from matplotlib import pyplot
+    figure, (scores, shares) = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    for arm, name in ARMS.items():
+        found = [entry for entry in pruning_log(arm) if "dev" in entry]
+        scores.plot([100 * entry["dev"]["accuracy"] for entry in found], "o-", label=name)
+    scores.set_xticks(range(len(found)),
+                      [f"{i}\n{entry['kept']:.0%}" for i, entry in enumerate(found, 1)])
+    scores.set_xlabel("epoch, and weights kept at its end")
+    scores.set_ylabel("dev accuracy, %")
+    scores.grid(axis="y", alpha=0.3)
+    scores.legend(fontsize=8)
+    found = [entry for entry in pruning_log("cap") if "gradient_share" in entry]
+    terms = found[-1]["gradient_share"]
+    shares.stackplot([entry["step"] for entry in found],
+                     [[entry["gradient_share"].get(term, 0) for entry in found] for term in terms],
+                     labels=terms)
+    shares.set_xlabel("step of CAP")
+    shares.set_ylabel("share of the gradient")
+    shares.legend(fontsize=8, loc="lower right")
+    save(figure, "mnli.svg")
 
 
 def method_records(task):
@@ -270,7 +302,7 @@ def selection_table():
 def throughput_table():
     """Records of bench/throughput.py: one column for each machine and task."""
     columns = []
-    for machine in ("xeon", "epyc", "h100"):
+    for machine in ("xeon", "epyc", "h100", "h100-minilm"):
         record = read_json(HERE / f"throughput-{machine}.json")
         for task, figures in record["tasks"].items():
             against, memory = figures["prune_against"], figures["peak_memory_bytes"]
@@ -345,9 +377,10 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "glue": glue_table, "epochs": epochs_table, "methods": methods_table,
-          "probes": probe_table, "geometry": geometry_table, "selection": selection_table,
-          "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
+TABLES = {"demo": demo_table, "answer": answer_table, "epochs": epochs_table,
+          "methods": methods_table, "probes": probe_table, "geometry": geometry_table,
+          "selection": selection_table, "throughput": throughput_table, "latency": latency_table,
+          "equations": equation_table}
 
 
 def render():
@@ -366,5 +399,6 @@ if __name__ == "__main__":
     if "--picture" in sys.argv:
         draw_demo()
         draw_geometry()
+        draw_epochs()
     for path, text in render().items():
         path.write_text(text, encoding="utf-8")
