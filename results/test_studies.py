@@ -2,6 +2,7 @@
 
 Run:  python -m pytest -q results/test_studies.py"""
 
+import argparse
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -142,18 +144,31 @@ def test_probe(compared, pretrained, glue, tmp_path, monkeypatch):
 
 
 def test_the_probe_is_at_its_minimum(pretrained, glue):
-    """Cross-entropy and 1e-4 |W|^2 have gradient 0 at the classifier that is found, whatever it was
-    before; the encoder stays as it was."""
+    """Cross-entropy and the penalty on |W|^2 have gradient 0 at the classifier that is found,
+    whatever it was before; the encoder stays as it was."""
     model = from_pretrained(pretrained)
     data = encode_task(load("sst2", "train", glue), load_tokenizer(pretrained), 16)
     torch.nn.init.normal_(model.classifier.weight)
-    studies.fit_classifier(model, data)
+    penalty = studies.fit_classifier(model, data)
     loss = cap_min.task_loss(model.classifier(cap_min.encode(model, data)), data.labels)
-    loss = loss + 1e-4 * model.classifier.weight.square().sum()
+    loss = loss + penalty * model.classifier.weight.square().sum()
     for gradient in torch.autograd.grad(loss, list(model.classifier.parameters())):
         assert gradient.abs().max() < 1e-5
     before = from_pretrained(pretrained).bert.state_dict()
     assert all(torch.equal(before[name], p) for name, p in model.bert.state_dict().items())
+
+
+@pytest.mark.parametrize("noisy, best", [(False, 1e-5), (True, 1e-1)])
+def test_the_penalty_of_the_probe(noisy, best, pretrained, monkeypatch):
+    """Where the first number of a vector tells the label, the smallest penalty is best for rows
+    held out; where all 16 are chance, in 100 rows, the largest."""
+    chance = torch.Generator().manual_seed(0)
+    model, labels = from_pretrained(pretrained), torch.arange(100) // 3 % 2
+    pooled = torch.randn(100, 16, generator=chance)
+    if not noisy:
+        pooled = F.pad(2.0 * labels[:, None] - 1, (0, 15))  # 1 or -1, then zeros
+    monkeypatch.setattr(cap_min, "encode", lambda model, data: pooled)
+    assert studies.fit_classifier(model, argparse.Namespace(labels=labels)) == best
 
 
 def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
