@@ -1,5 +1,5 @@
 """Studies made of several runs of cap_min.py: methods compared, encoders probed, lists of runs,
-and held-out rows to choose settings on.
+held-out rows to choose settings on, and models of fewer layers.
 
 Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_min.py]
           CAP, its ablations and plain pruning on equal data and budget: OUT/compare.md
@@ -11,6 +11,8 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           any runs, several at once: FOLDER/grid.md
       python results/studies.py hold-out --task sst2 --data-dir GLUE --rows 8000 --out FOLDER
           a data folder whose dev set is drawn from the training set, to choose settings on
+      python results/studies.py lower-layers MODEL --layers 3 --out FOLDER
+          the cheapest rival of CAP-f: a checkpoint with the lowest layers alone (arXiv 2004.03844)
 The same command after a stop goes on; what is finished is not done again.
 
 LIST has the options of one run a line, --form of forms.py too; # begins a comment. A name and a
@@ -37,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,8 +52,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import cap_min  # noqa: E402
 import forms  # noqa: E402
-from bert_min import from_pretrained, read_json, replacing, write_json  # noqa: E402
-from data_glue import TASKS, is_quoted, load_tokenizer, read_text  # noqa: E402
+from bert_min import (  # noqa: E402
+    from_pretrained, read_json, replacing, save_pretrained, write_json)
+from data_glue import TASKS, is_quoted, load_tokenizer, read_text, save_tokenizer  # noqa: E402
 
 # ----------------------------------------------------------------------------- table
 
@@ -324,6 +328,22 @@ def hold_out(task, data_dir, count, out):
             file.write(b"\n".join([*header, *of_split, b""]))
 
 
+# ---------------------------------------------------------------------- lower layers
+
+
+def lower_layers(folder, count, out):
+    """Write to `out` the checkpoint in `folder` with its lowest `count` layers alone. To fine-tune
+    it by cap_min.py, without pruning but with the same distillation: --model OUT --sparsity 0
+    --teacher FOLDER --without prc snc fic. ValueError if it has no more layers than that."""
+    tokenizer, model = load_tokenizer(folder), from_pretrained(folder)
+    if count >= model.config.num_hidden_layers or model.config.layer_sizes:
+        raise ValueError(f"{folder} does not have more than {count} whole layers")
+    del model.bert.encoder["layer"][count:]
+    model.config = replace(model.config, num_hidden_layers=count)
+    save_tokenizer(tokenizer, out, model.config.max_position_embeddings)
+    save_pretrained(model, out)
+
+
 # ------------------------------------------------------------------------------ grid
 
 COMMAND = [sys.executable, str(ROOT / "results" / "forms.py")]
@@ -487,6 +507,10 @@ def main(argv=None):
     add("--data-dir", type=Path, required=True, help="folder with the task's folder")
     add("--rows", type=cap_min.number(int, 1), default=8000, help="of the new dev set")
     add("--out", type=Path, required=True, help="folder for the task's folder")
+    add = studies.add_parser("lower-layers", help="a model of fewer layers").add_argument
+    add("model", type=Path, help="folder of a checkpoint")
+    add("--layers", type=cap_min.number(int, 1), required=True, help="how many it keeps")
+    add("--out", type=Path, required=True, help="folder")
     args, rest = parser.parse_known_args(argv)
     if rest and args.study != "compare":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -507,6 +531,8 @@ def main(argv=None):
             geometry(args.run, args.device)
         elif args.study == "hold-out":
             hold_out(args.task, args.data_dir, args.rows, args.out)
+        elif args.study == "lower-layers":
+            lower_layers(args.model, args.layers, args.out)
         else:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops its runs too
             if not grid(args.list, args.out, args.jobs, args.minutes):

@@ -36,7 +36,7 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     save_pretrained(BertClassifier(BertConfig(
-        vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=16, initializer_range=0.1)), folder)
     (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n")
     return folder
@@ -311,6 +311,30 @@ def test_held_out_rows_are_in_one_set_alone(tmp_path, capsys):
     assert sorted(train + dev) == load("mnli", "train", tmp_path / "glue")
     assert studies.main([*command, "10", "--out", str(tmp_path / "one")]) == 2
     assert "its training set has 10 rows" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- lower layers
+
+
+def test_a_model_of_the_lower_layers(compared, pretrained, glue, tmp_path, capsys):
+    """It pools what the first of two layers gives; a model of two has no more than two. cap_min.py
+    fine-tunes it with a teacher of two layers and prunes nothing."""
+    command = ["lower-layers", str(pretrained), "--out", str(tmp_path / "lower"), "--layers"]
+    assert studies.main([*command, "1"]) == 0
+    whole, lower = from_pretrained(pretrained).bert, from_pretrained(tmp_path / "lower").bert
+    ids = torch.tensor([[2, 5, 6, 3]])
+    hidden = whole.embeddings(ids, torch.zeros_like(ids))
+    hidden = whole.encoder["layer"][0](hidden, torch.zeros(1, 1, 1, 4), hidden)
+    expected = whole.pooler["dense"](hidden[:, 0]).tanh()
+    torch.testing.assert_close(lower(ids)[1], expected)
+    options = ["--task", "sst2", "--data-dir", str(glue), "--model", str(tmp_path / "lower"),
+               "--sparsity", "0", "--teacher", str(compared[0] / "cap-seed0" / "teacher"),
+               "--without", "prc", "snc", "fic", "--epochs", "2", "--batch-size", "8",
+               "--max-length", "16", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert cap_min.main(options) == 0
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["sparsity"]["total"] == 0
+    assert studies.main([*command, "2"]) == 2
+    assert "does not have more than 2 whole layers" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ grid
