@@ -252,19 +252,28 @@ def methods_table():
 
 
 def probe_table():
-    """Linear classifiers on the frozen encoders of MNLI's runs, for other tasks."""
+    """Linear classifiers on the frozen encoders of answer/, for other tasks: one row for each score
+    of a task, of the encoders that were pruned for another."""
     rows = []
-    for task in ("rte", "mrpc", "cola", "snli"):
-        probes = [read_json(HERE / "methods" / f"probe-mnli-{run}-{task}.json")
-                  for run in ("movement", "movement-kd", "movement-cap")]
-        assert len({probe["train_sha256"] for probe in probes}) == 1, f"{task}: other rows"
-        first = probes[0]
-        models = [first["pretrained"], first["dense"], *(probe["pruned"] for probe in probes)]
-        for metric in first["dense"]:
-            rows.append([f"{task}, {first['examples']['train']:,}", metric,
-                         *(f"{100 * scores[metric]:.1f}" for scores in models)])
-    return table(["probed task, rows", "metric", "pre-trained", "fine-tuned, dense", "movement",
-                  "movement + KD", "CAP"], rows)
+    for pruned_for in ("mnli", "sst2"):
+        found = {}  # {(task, metric): {encoder: {seed: score}}}
+        for path in sorted((HERE / "probes").glob(f"{pruned_for}-*.json")):
+            arm, seed, task = re.fullmatch(r"\w+-(.+)-seed(\d)-(\w+)", path.stem).groups()
+            record = read_json(path)
+            for metric, score in record["pruned"].items():
+                of_score = found.setdefault((task, metric), {"rows": record["examples"]["train"]})
+                of_score.setdefault(arm, {})[seed] = 100 * score
+                if "pretrained" in record:
+                    of_score["pretrained"] = 100 * record["pretrained"][metric]
+        for (task, metric), scores in found.items():
+            row = [pruned_for, f"{task}, {metric}", f"{scores['rows']:,}",
+                   f"{scores['pretrained']:.1f}"]
+            row += [spread(list(scores[arm].values())) for arm in ARMS]
+            for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd")):
+                row.append(paired(scores[arm], scores[other]).partition(" (")[0])
+            rows.append(row)
+    return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
+                  *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD"], rows)
 
 
 def geometry_records():
