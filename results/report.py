@@ -54,6 +54,11 @@ def percents(records, metric):
     return [100 * record["pruned"][metric] for record in records]
 
 
+def difference(ours, theirs):
+    """Mean of what the first of two lists has more, seed by seed, with its standard error."""
+    return paired(dict(enumerate(ours)), dict(enumerate(theirs))).partition(" (")[0]
+
+
 def show(scores):
     """Scores of one model, in percent: "63.0/64.8"."""
     return "/".join(f"{100 * value:.1f}" for value in scores.values())
@@ -87,7 +92,7 @@ def demo_table():
         for metric in ("accuracy", "accuracy_unseen"):
             ours, theirs = percents(found["cap"], metric), percents(found[method], metric)
             scores.append(spread(theirs))
-            differences.append(spread([a - b for a, b in zip(ours, theirs)]))
+            differences.append(difference(ours, theirs))
         if method == "cap":
             differences = ["", ""]
         rows.append([name, *scores, *differences])
@@ -166,11 +171,10 @@ def answer_table():
     for task in ("mnli", "qqp", "sst2"):
         found = comparison(f"answer/{task}-")
         for metric in found["dense"][0]["pruned"]:
-            scores = {arm: dict(enumerate(percents(found[arm], metric))) for arm in found}
-            row = [f"{task}, {metric}"]
-            row += [spread(list(scores[arm].values())) for arm in ("dense", *ARMS)]
+            scores = {arm: percents(found[arm], metric) for arm in found}
+            row = [f"{task}, {metric}", *(spread(scores[arm]) for arm in ("dense", *ARMS))]
             for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd"), ("soft-kd", "kd")):
-                row.append(paired(scores[arm], scores[other]).partition(" (")[0])
+                row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table([f"dev score, %, {len(found['dense'])} seeds", "dense (the teacher)",
                   *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD",
