@@ -364,6 +364,7 @@ def main():
               "torch": torch.__version__, "source_sha256": hashlib.sha256(source).hexdigest(),
               "transformers": importlib.metadata.version("transformers"), "config": config,
               "tasks": {task: compare(options, task) for task in options.tasks}}
+    cap_min.write_json(record, options.out)  # should there be no time for more
     if options.model != "base":
         record["tokenising"] = {task: measure("tokenising", task) for task in options.tasks}
     cap_min.write_json(record, options.out)
