@@ -38,8 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import cap_min  # noqa: E402
 from bert_min import BertClassifier, BertConfig, from_pretrained, save_pretrained  # noqa: E402
-from data_glue import TASKS, Encoded, WordPiece, batches, encode_task, load  # noqa: E402
-from data_glue import load_tokenizer  # noqa: E402
+from data_glue import (  # noqa: E402
+    TASKS, Encoded, batches, encode_task, load, load_tokenizer)
 
 # ------------------------------------------------------------------ model, data, run
 
@@ -254,24 +254,6 @@ def contrastive_ms(args, data, ancestors, device):
     return 1e3 * statistics.median(times)
 
 
-def tokenising(options, folder):
-    """WordPiece on one core against the tokenizers library on one core: ratio of examples/s."""
-    from tokenizers import BertWordPieceTokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    examples = load(options.task, "train", options.data_dir)
-    texts = [a if b is None else (a, b) for a, b, _ in examples]
-    vocab, ratios = str(Path(options.model) / "vocab.txt"), []
-    for _ in range(3):
-        start = time.perf_counter()
-        encode_task(examples, WordPiece(vocab), 128)
-        middle = time.perf_counter()
-        theirs = BertWordPieceTokenizer(vocab)
-        theirs.enable_truncation(128)
-        theirs.encode_batch(texts)
-        ratios.append((time.perf_counter() - middle) / (middle - start))
-    return {"ratio": statistics.median(ratios), "examples": len(examples)}
-
-
 # ---------------------------------------------------------------------------- record
 
 SIDES = {"transformers": transformers_side, "dense": dense_side, "prune": prune_side}
@@ -280,7 +262,7 @@ SIDES = {"transformers": transformers_side, "dense": dense_side, "prune": prune_
 def print_side(options):
     """Measure one side, in this process, and print what was found as the last line."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        result = {**SIDES, "tokenising": tokenising}[options.side](options, folder)
+        result = SIDES[options.side](options, folder)
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     result["peak_memory_bytes"] = cap_min.peak_memory(device)
     if device.type == "cuda" and "tflops" in result:
@@ -364,9 +346,6 @@ def main():
               "torch": torch.__version__, "source_sha256": hashlib.sha256(source).hexdigest(),
               "transformers": importlib.metadata.version("transformers"), "config": config,
               "tasks": {task: compare(options, task) for task in options.tasks}}
-    cap_min.write_json(record, options.out)  # should there be no time for more
-    if options.model != "base":
-        record["tokenising"] = {task: measure("tokenising", task) for task in options.tasks}
     cap_min.write_json(record, options.out)
 
 

@@ -320,9 +320,6 @@ def throughput_table():
         for task, figures in record["tasks"].items():
             against, memory = figures["prune_against"], figures["peak_memory_bytes"]
             step = figures["parts_ms"].pop("whole step")
-            ratio = ""
-            if "tokenising" in record:
-                ratio = f"{record['tokenising'][task]['ratio']:.1f}"
             more_memory = (memory["prune"] - figures["bank_bytes"]) / memory["transformers"]
             column = {
                 "": f"{machine}, {task}",
@@ -331,7 +328,6 @@ def throughput_table():
                 "against bert_min's dense fine-tuning": f"{against['dense']:.2f}",
                 "a snapshot, in epochs of steps": f"{figures['snapshot_of_epoch']:.2f}",
                 "peak memory without banks, against transformers": f"{more_memory:.2f}",
-                "WordPiece against tokenizers, a core each": ratio,
                 "a step at 97 %, ms": f"{step:.0f}",
                 "contrastive terms, of a step": f"{figures['contrastive_ms'] / step:.0%}"}
             for part, ms in figures["parts_ms"].items():
