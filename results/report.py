@@ -226,6 +226,32 @@ def draw_epochs():
     save(figure, "mnli.svg")
 
 
+KINDS = {"attention.self.query": "query", "attention.self.key": "key",
+         "attention.self.value": "value", "attention.output.dense": "output",
+         "intermediate.dense": "feed-forward in", "output.dense": "feed-forward out"}
+
+
+def draw_kept():
+    """results/kept.svg: what one threshold over all matrices leaves of each, mean over seeds."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.4))
+    for column, task in zip(axes.T, ("mnli", "qqp", "sst2")):
+        found = comparison(f"answer/{task}-")
+        for axis, arm in zip(column, ("soft-kd", "cap-soft")):
+            kept = [[statistics.mean(100 - 100 * record["sparsity"]["matrices"][
+                        f"bert.encoder.layer.{layer}.{kind}.weight"] for record in found[arm])
+                     for kind in KINDS] for layer in range(6)]
+            axis.imshow(kept, "Blues", vmin=0, vmax=8, aspect="auto")
+            for layer, row in enumerate(kept):
+                for i, percent in enumerate(row):
+                    axis.text(i, layer, f"{percent:.1f}", ha="center", va="center", fontsize=8)
+            axis.set_title(f"{task}, {ARMS[arm]}", fontsize=9)
+            axis.set_xticks([])
+            axis.set_ylabel("layer", fontsize=8)
+        axis.set_xticks(range(len(KINDS)), KINDS.values(), rotation=40, ha="right", fontsize=8)
+    save(figure, "kept.svg")
+
+
 def method_records(task):
     """{METHOD-TERMS: record} of methods/. AssertionError unless the runs have the same rows, source
     and teacher, and each the options of the one with the contrastive terms."""
@@ -409,5 +435,6 @@ if __name__ == "__main__":
         draw_demo()
         draw_geometry()
         draw_epochs()
+        draw_kept()
     for path, text in render().items():
         path.write_text(text, encoding="utf-8")
