@@ -18,6 +18,7 @@ import cap_min  # noqa: E402
 
 published = argparse.Namespace(**vars(cap_min))  # the functions as they are
 density_now = [1.0]  # of the step
+masks = []  # of the model
 
 
 # ----------------------------------------------------------------- forms of the contrast
@@ -53,6 +54,22 @@ def watched_density(*position):
     return density_now[0]
 
 
+def weights_only(logits, pooled, batch, ancestors, extra, args):
+    """Eq. (8) whose contrastive terms train the weights alone: their gradient does not reach the
+    scores, so that task and teacher decide what is kept. They are not logged."""
+    terms = published.cap_terms(logits, pooled, batch, ancestors, extra, args)
+    contrast = [terms.pop(name) for name in list(terms) if name in ancestors.banks]
+    sum(contrast).backward(retain_graph=True)
+    for module in masks:
+        module.scores.grad = None
+    return terms
+
+
+def known_masks(model, score_init):
+    published.add_masks(model, score_init)
+    masks[:] = published.masks_of(model)
+
+
 # ------------------------------------------------------------------ forms of the criterion
 
 
@@ -82,6 +99,7 @@ FORMS = {  # name: {function of cap_min: what it is in this form}
     "mean-off": {"contrastive_loss": mean_off},
     "snc-times-k": {"cap_terms": snc_times_k},
     "once-pruned": {"cap_terms": once_pruned, "cubic_density": watched_density},
+    "weights-only": {"cap_terms": weights_only, "add_masks": known_masks},
     "one-topk": {"set_masks": one_topk},
     "smp-s": {"set_soft_masks": by_mean_score},  # with --method soft
 }

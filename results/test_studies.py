@@ -242,6 +242,29 @@ def test_forms_of_the_contrast(monkeypatch):
     assert list(forms.once_pruned(*case)) == ["ce", "kd", "snc"]
 
 
+def test_a_contrast_that_trains_the_weights_alone(monkeypatch):
+    """The weights get the gradient of all terms, the scores that of task and teacher."""
+    torch.manual_seed(0)
+    weight, x, labels = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4), torch.arange(2)
+    bank = torch.nn.functional.normalize(torch.randn(2, 4), dim=-1)
+    gradients = {}
+    for name, function, banks in (("all", cap_min.cap_terms, {"prc": [bank]}),
+                                  ("none", cap_min.cap_terms, {}),
+                                  ("form", forms.weights_only, {"prc": [bank]})):
+        mask = cap_min.Mask(weight, "zero")
+        monkeypatch.setattr(forms, "masks", [mask])
+        pooled, weight.grad = x @ mask(weight).T, None
+        ancestors = cap_min.Ancestors(banks, torch.zeros(2, 2), labels)
+        batch = {"index": torch.arange(2), "labels": labels}
+        terms = function(pooled[:, :2], pooled, batch, ancestors, torch.arange(0),
+                         cap_min.parse([]))
+        sum(terms.values()).backward()
+        gradients[name] = weight.grad, mask.scores.grad
+    torch.testing.assert_close(gradients["form"][0], gradients["all"][0])
+    torch.testing.assert_close(gradients["form"][1], gradients["none"][1])
+    assert not torch.allclose(gradients["all"][1], gradients["none"][1])
+
+
 def test_every_form_changes_what_is_there(monkeypatch):
     """Each is a function of cap_min, and a run's record tells it."""
     for changes in forms.FORMS.values():
