@@ -179,15 +179,18 @@ def dense_side(options, folder):
 
 
 def timed_epoch(epoch, data, warm_rows):
-    """Speed of `epoch(data)`, after an epoch of fewer rows in which the products are counted."""
+    """Speed of `epoch(data)`, after an epoch of fewer rows in which the products are counted; and
+    how long a step is in it, which is not the mean, since an epoch has a beginning and an end."""
     some = data.head(warm_rows)
     with FlopCounterMode(display=False) as counter:
         epoch(some)
+    steps = watch(torch.optim.AdamW, "step")
     start = clock()
     epoch(data)
     speed = len(data) / (clock() - start)
     return {"examples_per_second": speed,
-            "tflops": 1e-12 * counter.get_total_flops() / len(some) * speed}
+            "tflops": 1e-12 * counter.get_total_flops() / len(some) * speed,
+            "step_ms": median_ms(itertools.pairwise(first for first, _ in steps))}
 
 
 def prune_side(options, folder):
@@ -220,7 +223,8 @@ def prune_side(options, folder):
     snapshot = clock() - start
     epoch = (total - (args.epochs + 1) * snapshot) / args.epochs
     bank_bytes = sum(vectors.nbytes for bank in ancestors.banks.values() for vectors in bank)
-    return {"examples_per_second": args.epochs * len(data) / total, "parts_ms": parts,
+    return {"examples_per_second": args.epochs * len(data) / total,
+            "step_ms": parts["whole step"], "parts_ms": parts,
             "contrastive_ms": contrastive_ms(args, data, ancestors, device),
             "snapshot_of_epoch": snapshot / epoch, "bank_bytes": bank_bytes}
 
@@ -298,7 +302,7 @@ def compare(options, task):
     found = medians(repeats)
     figures = {name: found["prune"][name] for name in ("bank_bytes", "parts_ms", "contrastive_ms",
                                                        "snapshot_of_epoch")}
-    for name in ("examples_per_second", "prune_against", "peak_memory_bytes", "tflops",
+    for name in ("examples_per_second", "prune_against", "step_ms", "peak_memory_bytes", "tflops",
                  "share_of_peak"):
         figures[name] = {side: found[side][name] for side in SIDES if name in found[side]}
     return figures
