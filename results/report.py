@@ -291,7 +291,9 @@ def probe_table():
             arm, seed, task = re.fullmatch(r"\w+-(.+)-seed(\d)-(\w+)", path.stem).groups()
             record = read_json(path)
             for metric, score in record["pruned"].items():
-                of_score = found.setdefault((task, metric), {"rows": record["examples"]["train"]})
+                of_score = found.setdefault((task, metric), {
+                    "rows": record["examples"]["train"], "sha256": record["train_sha256"]})
+                assert record["train_sha256"] == of_score["sha256"], f"{path}: other rows"
                 of_score.setdefault(arm, {})[seed] = 100 * score
                 if "pretrained" in record:
                     of_score["pretrained"] = 100 * record["pretrained"][metric]

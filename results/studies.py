@@ -337,7 +337,10 @@ def hold_out(task, data_dir, count, out):
 def lower_layers(folder, count, out):
     """Write to `out` the checkpoint in `folder` with its lowest `count` layers alone. To fine-tune
     it by cap_min.py, without pruning but with the same distillation: --model OUT --sparsity 0
-    --teacher FOLDER --without prc snc fic. ValueError if it has no more layers than that."""
+    --teacher FOLDER --without prc snc fic. ValueError if it has no more layers than that, or if
+    `out` is where it lies."""
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out} has the checkpoint itself: choose another --out")
     tokenizer, model = load_tokenizer(folder), from_pretrained(folder)
     if count >= model.config.num_hidden_layers or model.config.layer_sizes:
         raise ValueError(f"{folder} does not have more than {count} whole layers")

@@ -340,8 +340,8 @@ def test_held_out_rows_are_in_one_set_alone(tmp_path, capsys):
 
 
 def test_a_model_of_the_lower_layers(compared, pretrained, glue, tmp_path, capsys):
-    """It pools what the first of two layers gives; a model of two has no more than two. cap_min.py
-    fine-tunes it with a teacher of two layers and prunes nothing."""
+    """It pools what the first of two layers gives; a model of two has no more than two, and stays
+    as it was. cap_min.py fine-tunes it with a teacher of two layers and prunes nothing."""
     command = ["lower-layers", str(pretrained), "--out", str(tmp_path / "lower"), "--layers"]
     assert studies.main([*command, "1"]) == 0
     whole, lower = from_pretrained(pretrained).bert, from_pretrained(tmp_path / "lower").bert
@@ -358,6 +358,8 @@ def test_a_model_of_the_lower_layers(compared, pretrained, glue, tmp_path, capsy
     assert json.loads((tmp_path / "run" / "record.json").read_text())["sparsity"]["total"] == 0
     assert studies.main([*command, "2"]) == 2
     assert "does not have more than 2 whole layers" in capsys.readouterr().err
+    command = ["lower-layers", str(pretrained), "--layers", "1", "--out", str(pretrained)]
+    assert studies.main(command) == 2 and "the checkpoint itself" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ grid
