@@ -196,7 +196,7 @@ def origin(device):
     return {"versions": versions, "source_sha256": hashlib.sha256(source).hexdigest()}
 
 
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # on |W|^2 of a classifier
+PENALTIES = [10.0 ** -i for i in range(8)]  # on |W|^2 of a classifier
 
 
 def fit_classifier(model, data):
