@@ -202,8 +202,11 @@ PENALTIES = [10.0 ** -i for i in range(8)]  # on |W|^2 of a classifier
 def fit_classifier(model, data):
     """Set the model's classifier to the one that minimises the task's loss on the frozen pooled
     vectors, with that of PENALTIES with which nine tenths of the rows fit the last tenth best.
-    Returns it."""
+    Returns it. It is found for numbers of mean 0 and deviation 1, so that a penalty means the same
+    for every encoder."""
     pooled = cap_min.encode(model, data)  # (N, D)
+    mean, deviation = pooled.mean(0), pooled.std(0).clamp_min(1e-6)
+    pooled = (pooled - mean) / deviation
     labels = data.labels.to(pooled.device)
     held_out = torch.arange(len(labels), device=pooled.device) % 10 == 9
     losses = {}
@@ -213,6 +216,10 @@ def fit_classifier(model, data):
         losses[penalty] = loss.item()
     best = min(losses, key=losses.get)
     minimise(model.classifier, pooled, labels, best)
+    # the same for the vectors as they are
+    weight, bias = model.classifier.weight.data, model.classifier.bias.data
+    weight /= deviation
+    bias -= weight @ mean
     return best
 
 
