@@ -50,13 +50,13 @@ def setting(record):
 
 
 def percents(records, metric):
-    """The score of each pruned model, in percent."""
-    return [100 * record["pruned"][metric] for record in records]
+    """{seed: score} of pruned models, in percent."""
+    return {record["seed"]: 100 * record["pruned"][metric] for record in records}
 
 
 def difference(ours, theirs):
-    """Mean of what the first of two lists has more, seed by seed, with its standard error."""
-    return paired(dict(enumerate(ours)), dict(enumerate(theirs))).partition(" (")[0]
+    """Mean of what the first of two {seed: score} has more, with its standard error."""
+    return paired(ours, theirs).partition(" (")[0]
 
 
 def show(scores):
@@ -91,7 +91,7 @@ def demo_table():
         scores, differences = [], []
         for metric in ("accuracy", "accuracy_unseen"):
             ours, theirs = percents(found["cap"], metric), percents(found[method], metric)
-            scores.append(spread(theirs))
+            scores.append(spread(theirs.values()))
             differences.append(difference(ours, theirs))
         if method == "cap":
             differences = ["", ""]
@@ -112,7 +112,7 @@ def draw_demo():
             ("accuracy", -0.17, "#7f7f7f", "animals seen in fine-tuning"),
             ("accuracy_unseen", 0.17, "#1f77b4", "animals known only from pre-training")):
         for i, method in enumerate(DEMO_MODELS):
-            values = percents(found[method], metric)
+            values = percents(found[method], metric).values()
             axis.plot([i + shift] * len(values), values, "o", color=color, alpha=0.5, label=label)
             axis.hlines(statistics.mean(values), i + shift - 0.14, i + shift + 0.14, color)
             label = None  # one entry of the legend is enough
@@ -172,7 +172,8 @@ def answer_table():
         found = comparison(f"answer/{task}-")
         for metric in found["dense"][0]["pruned"]:
             scores = {arm: percents(found[arm], metric) for arm in found}
-            row = [f"{task}, {metric}", *(spread(scores[arm]) for arm in ("dense", *ARMS))]
+            row = [f"{task}, {metric}"]
+            row += [spread(scores[arm].values()) for arm in ("dense", *ARMS)]
             for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd"), ("soft-kd", "kd")):
                 row.append(difference(scores[arm], scores[other]))
             rows.append(row)
@@ -231,6 +232,19 @@ KINDS = {"attention.self.query": "query", "attention.self.key": "key",
          "intermediate.dense": "feed-forward in", "output.dense": "feed-forward out"}
 
 
+def percents_kept(records):
+    """What each layer keeps of its KINDS, in percent: a list for each layer, mean over records."""
+    layers = []
+    for layer in range(6):
+        row = []
+        for kind in KINDS:
+            name = f"bert.encoder.layer.{layer}.{kind}.weight"
+            row.append(statistics.mean(100 - 100 * record["sparsity"]["matrices"][name]
+                                       for record in records))
+        layers.append(row)
+    return layers
+
+
 def draw_kept():
     """results/kept.svg: what one threshold over all matrices leaves of each, mean over seeds."""
     from matplotlib import pyplot
@@ -238,9 +252,7 @@ def draw_kept():
     for column, task in zip(axes.T, ("mnli", "qqp", "sst2")):
         found = comparison(f"answer/{task}-")
         for axis, arm in zip(column, ("soft-kd", "cap-soft")):
-            kept = [[statistics.mean(100 - 100 * record["sparsity"]["matrices"][
-                        f"bert.encoder.layer.{layer}.{kind}.weight"] for record in found[arm])
-                     for kind in KINDS] for layer in range(6)]
+            kept = percents_kept(found[arm])
             axis.imshow(kept, "Blues", vmin=0, vmax=8, aspect="auto")
             for layer, row in enumerate(kept):
                 for i, percent in enumerate(row):
@@ -300,9 +312,9 @@ def probe_table():
         for (task, metric), scores in found.items():
             row = [pruned_for, f"{task}, {metric}", f"{scores['rows']:,}",
                    f"{scores['pretrained']:.1f}"]
-            row += [spread(list(scores[arm].values())) for arm in ARMS]
+            row += [spread(scores[arm].values()) for arm in ARMS]
             for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd")):
-                row.append(paired(scores[arm], scores[other]).partition(" (")[0])
+                row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
                   *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD"], rows)
