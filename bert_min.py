@@ -33,7 +33,6 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
 # ---------------------------------------------------------------------------- config
 
-
 @dataclasses.dataclass
 class BertConfig:
     """Sizes and rates under Hugging Face's field names; the defaults are BERT-base's."""
@@ -92,7 +91,6 @@ class BertConfig:
 
 # ------------------------------------------------------------------------ embeddings
 
-
 class Dropout(nn.Dropout):
     """Dropout with 16 random bits an element on a CPU, drawn 4 at a time: 3 times as fast."""
 
@@ -125,7 +123,6 @@ class Embeddings(nn.Module):
 
 
 # ------------------------------------------------------------------------- attention
-
 
 class SelfAttention(nn.Module):
     """softmax(Q K^T / sqrt(D/H)) V over H heads; padded keys get no weight."""
@@ -168,7 +165,6 @@ class ProjectAddNorm(nn.Module):
 
 # --------------------------------------------------------------- feed-forward, layer
 
-
 class Layer(nn.Module):
     """Attention, then two linear maps with the exact, erf form of gelu between them."""
 
@@ -187,7 +183,6 @@ class Layer(nn.Module):
 
 
 # ---------------------------------------------------------------- encoder and pooler
-
 
 class Bert(nn.Module):
     def __init__(self, config):
@@ -221,7 +216,6 @@ class Bert(nn.Module):
 
 
 # ------------------------------------------------------------------------ classifier
-
 
 class BertClassifier(nn.Module):
     """BERT and a linear classifier on the pooled vector."""
@@ -497,8 +491,11 @@ def save_safetensors(tensors, path):
             file.write(flat.view(torch.uint8).numpy(force=True))
 
 
-def read_json(path):
-    """The object in a JSON file. ValueError, naming the file, if it is no such file."""
+def read_json(path, default=None):
+    """The object in a JSON file, or a `default` if there is none. ValueError, naming the file, if
+    it is no such file."""
+    if default is not None and not path.exists():
+        return default
     try:
         found = json.loads(Path(path).read_bytes())
         if not isinstance(found, dict):
@@ -517,14 +514,14 @@ def write_json(content, path):
 @contextlib.contextmanager
 def replacing(path):
     """A file to write to, renamed to `path` once whole, else deleted. OSError that names `path`."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave an empty file of that name
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    except (OSError, RuntimeError) as error:  # the second is torch's
+        raise OSError(f"{path} could not be written ({error}); what was there is kept") from None
     finally:
         temporary.unlink(missing_ok=True)

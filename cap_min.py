@@ -63,7 +63,6 @@ HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------- masks
 
-
 def topk_mask(scores, density):
     """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
     least 1. Exactly k are kept: of equal scores the first by index. Eq. (1)."""
@@ -95,16 +94,13 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sorted sample gives two numbers, between which the k-th largest is to be searched
-    sample, fraction = np.sort(row[::127]), k / len(row)
-    middle = int(len(sample) * (1 - fraction))
-    reach = 2 + int(2.5 * math.sqrt(len(sample) * fraction * (1 - fraction)))
-    low, high = sample[max(0, middle - reach)], sample[min(len(sample) - 1, middle + reach)]
-    above = row > high
-    between, missing = row[~above & (row >= low)], k - np.count_nonzero(above)
-    if not 0 < missing <= len(between):  # the sample misled
-        between, missing = row, k
-    threshold = np.partition(between, -missing)[-missing]
+    # a sample tells from where on to search: a tenth more than k, and 20 of its numbers, for chance
+    sample = np.sort(row[::127])
+    low = len(sample) - int(1.1 * len(sample) * k / len(row)) - 20
+    candidates = row[row >= sample[max(0, low)]]
+    if len(candidates) < k:  # it misled
+        candidates = row
+    threshold = np.partition(candidates, -k)[-k]
     # of what is equal to it, the first by index
     mask = row >= threshold
     surplus = np.count_nonzero(mask) - k
@@ -114,34 +110,28 @@ def largest(row, k):
 
 
 class StraightThrough(torch.autograd.Function):
-    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2). Under
-    autocast W' is made in autocast's dtype."""
+    """W' = W * M, where the gradient of W' reaches the scores as if M were S itself. Eq. (2)."""
 
     @staticmethod
     def forward(ctx, weight, scores, mask):
-        device, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
         mask = mask.view(torch.uint8)  # which torch multiplies faster than bools
         ctx.save_for_backward(weight, mask)
-        return weight.to(dtype) * mask  # eq. (1)
+        return weight * mask  # eq. (1)
 
     @staticmethod
     def backward(ctx, grad):
         weight, mask = ctx.saved_tensors
-        grad = grad.to(weight.dtype, copy=True)  # which may then be changed in place
         to_scores = None
         if ctx.needs_input_grad[1]:
             to_scores = grad * weight  # eq. (2)
-        return grad.mul_(mask), to_scores, None  # eq. (2)
+        return grad * mask, to_scores, None  # eq. (2)
 
 
 class Mask(nn.Module):
-    """The mask of one weight matrix: as its parametrization it makes `layer.weight` W' = W * M.
-
-    M is the top-k of trainable `scores`. They start at 0 (`score_init="zero"`, as published), or at
-    |W| / std(W) ("magnitude"), which short runs need: they end before scores from 0 have learnt
-    what matters. "none": magnitude pruning, where |W| is the score."""
+    """The mask of a weight matrix: as its parametrization it makes `layer.weight` W' = W * M. M is
+    the top-k of trainable `scores`, which start at 0 (score_init "zero", as published) or at
+    |W| / std(W) ("magnitude"): short runs end before scores from 0 have learnt what matters.
+    "none": magnitude pruning, where |W| is the score."""
 
     def __init__(self, weight, score_init):
         super().__init__()
@@ -157,7 +147,7 @@ class Mask(nn.Module):
 
 
 def encoder_linears(model):
-    """{name: linear layer} of everything that is pruned: 12 x 6 matrices in BERT-base."""
+    """{name: linear layer} of all that is pruned: 72 in BERT-base."""
     return {name: layer for name, layer in model.named_modules()
             if name.startswith("bert.encoder.") and isinstance(layer, nn.Linear)}
 
@@ -170,7 +160,6 @@ def add_masks(model, score_init):
 
 
 def masks_of(model):
-    """The `Mask`s of all layers."""
     return [module for module in model.modules() if isinstance(module, Mask)]
 
 
@@ -191,9 +180,6 @@ def set_masks(model, density):
             module.mask = mask
 
 
-SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
-
-
 def set_soft_masks(model, density, sparsity):
     """CAP-soft: over all matrices together, keep what has sigmoid(score) over a threshold that
     rises from 0 to SOFT_THRESHOLD; but at most the fraction `density`, and once `sparsity` is
@@ -202,13 +188,8 @@ def set_soft_masks(model, density, sparsity):
     scores = parameters_to_vector([module.scores for module in modules]).detach()
     mask = topk_mask(scores, density)
     if density > 1 - sparsity:
-        mask &= scores.sigmoid() > SOFT_THRESHOLD * pruned_fraction(density, sparsity)
+        mask &= scores.sigmoid() > SOFT_THRESHOLD * (1 - density) / sparsity
     vector_to_parameters(mask, [module.mask for module in modules])
-
-
-def pruned_fraction(density, sparsity):
-    """How much of the way from dense to `sparsity` is behind: 0 to 1."""
-    return (1 - density) / max(sparsity, 1e-9)
 
 
 def apply_masks(model):
@@ -219,7 +200,6 @@ def apply_masks(model):
 
 
 # -------------------------------------------------------------------------- schedule
-
 
 def cubic_density(step, total, start, end, warm, cool):
     """Density at `step` of `total`: `start` for the first `warm` steps, `end` for the last `cool`,
@@ -233,13 +213,10 @@ def cubic_density(step, total, start, end, warm, cool):
 
 def linear_lr(step, total, warmup):
     """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
-    if step < warmup:
-        return step / warmup
-    return (total - step) / (total - warmup)
+    return min(step / max(1, warmup), (total - step) / (total - warmup))
 
 
 # ------------------------------------------------------------------- sparsity report
-
 
 def sparsity_report(model):
     """{"total": fraction of encoder weights that are exactly 0 or removed, "weights": how many
@@ -260,13 +237,12 @@ def sparsity_report(model):
 
 # -------------------------------------------------------------------- snapshot banks
 
-
 def autocast(device, dtype):
     """dtype: "fp32" or "bf16", in which matrix products are computed."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def encode(model, data, dtype="fp32", tokens=2 ** 13):
+def encode(model, data, dtype="fp32", tokens=8192):
     """Pooled vectors (N, D) of all examples, fp32, on the model's device. Dropout is off and no
     gradient is kept; the model's mode is restored. tokens: most in a batch, padding included."""
     # of several processes each encodes every n-th batch, and all have all vectors
@@ -311,8 +287,7 @@ def load_ancestors(run, data, device):
     for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
         if name not in run.args.without:
             banks[name] = [run.read(f"{name}-{i}", device) for i in range(count)]
-    logits = run.read("logits", device).to(device)
-    return Ancestors(banks, logits, data.labels.round().to(device))
+    return Ancestors(banks, run.read("logits", device).to(device), data.labels.round().to(device))
 
 
 def add_snapshot(run, model, data, ancestors):
@@ -325,17 +300,15 @@ def add_snapshot(run, model, data, ancestors):
 
 # ------------------------------------------------------------------ contrastive loss
 
-
 def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
                      temperature=0.1, norm="official"):
     """Unsupervised and supervised contrastive loss of a batch against one bank, eq. (4) to (7).
-
     queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: unit vectors, a
     tensor (N, K, D) or a list of K tensors (N, D) on any device. bank_labels: (N,). extra: (E,)
     rows of the bank, drawn without replacement.
     norm: "official" divides by the number of positives of the whole batch, as the published
     code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
-    Returns (unsup, sup): two scalars, not weighted."""
+    Returns [unsup, sup]: two scalars, not weighted."""
     q = F.normalize(queries, dim=-1)  # (B, D)
     if isinstance(bank, torch.Tensor):
         bank = bank.unbind(1)  # K of (N, D)
@@ -344,7 +317,6 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
                          for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
-    candidate_labels = bank_labels[candidate_index]  # (C,)
     # similarities; an anchor is none of its own candidates
     scaled = q / temperature
     among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B)
@@ -352,7 +324,7 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     log_p = similarity.log_softmax(dim=1)  # (B, C), eq. (5)
     # positives: the same example, or the same label
     same_example = index[:, None] == candidate_index  # (B, C), P^u of eq. (6)
-    same_label = labels[:, None] == candidate_labels  # (B, C), P^s of eq. (6)
+    same_label = labels[:, None] == bank_labels[candidate_index]  # (B, C), P^s of eq. (6)
     losses = []
     for positive in (same_example, same_label):
         positive.fill_diagonal_(False)
@@ -360,11 +332,10 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
         per_anchor = torch.where(positive, log_p, 0).sum(1) / count  # (B,)
         divisor = count.sum() if norm == "official" else len(q)
         losses.append(-per_anchor.sum() / divisor)  # eq. (7)
-    return tuple(losses)
+    return losses
 
 
 # ------------------------------------------------------------------------ total loss
-
 
 def task_loss(logits, labels):
     """Cross-entropy, or the squared error of a regression. logits: (B, L), labels: (B,)."""
@@ -385,9 +356,7 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
 
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
-
-    extra: drawn rows, of which a bank of K ancestors uses the first args.extra // K, so that all
-    banks give about as many candidates."""
+    extra: rows; K ancestors use the first args.extra // K, so that banks are of one size."""
     # what the labels and the teacher say
     index, labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
@@ -405,16 +374,14 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
 
 
 def soft_penalty(model, density, args):
-    """CAP-soft's last term of eq. (8): lambda(t), which grows as the threshold does, times the mean
-    over matrices of the mean of sigmoid(S)."""
+    """CAP-soft's term of eq. (8): lambda(t), which grows as the threshold, times mean sigmoid."""
     means = [module.scores.sigmoid().mean() for module in masks_of(model)]
-    penalty = args.penalty * pruned_fraction(density, args.sparsity)
+    penalty = args.penalty * (1 - density) / max(args.sparsity, 1e-9)
     return penalty * torch.stack(means).mean()  # eq. (8), CAP-soft
 
 
 def gradient_shares(terms, pooled):
-    """{term: |d term / d pooled| as a fraction of the sum over terms}: who steers the encoder.
-    pooled: (B, D), or of several processes each one's part."""
+    """{term: |d term / d pooled| as a fraction of the sum over terms}: who steers the encoder."""
     norms = {}
     for name, term in terms.items():
         # it is 0 for the penalty on the scores
@@ -426,6 +393,7 @@ def gradient_shares(terms, pooled):
 
 # -------------------------------------------------------------------------- training
 
+SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 END_OF_LINE = "\r" if sys.stdout.isatty() else "\n"  # on a terminal the step line is rewritten
 TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs
@@ -433,8 +401,7 @@ EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so man
 
 
 def stages(args):
-    """Target sparsities, for each of which the model is trained for args.epochs: that asked for,
-    where heads and neurons are removed after 10 %, 20 %, ..."""
+    """Target sparsities, each for args.epochs: that asked for, in CAP-f after 10 %, 20 %, ..."""
     if args.method != "structured":
         return [args.sparsity]
     return [i / 10 for i in range(1, 10) if i / 10 < args.sparsity] + [args.sparsity]
@@ -449,7 +416,7 @@ def make_optimizer(model, args):
         else:
             weights.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
-    return torch.optim.AdamW(groups, eps=1e-8, weight_decay=0.0, fused=True)
+    return torch.optim.Adam(groups, fused=True)
 
 
 def randomness(*position):
@@ -465,8 +432,9 @@ def batch_terms(model, batch, ancestors, chance, args):
     vectors (b, D) that the model gave. Of several processes each computes its own part of the
     batch, and has what the others' models gave from them."""
     labels = batch["labels"]
+    own_part = [tensor[rank()::processes()] for tensor in inputs(batch)]  # every n-th of n
     with autocast(labels.device, args.dtype):
-        logits, own_pooled = model(*inputs(own_part(batch)))
+        logits, own_pooled = model(*own_part)
     logits = gather(logits.float(), len(labels))  # (B, L)
     if ancestors is None:
         return {"ce": task_loss(logits, labels)}, own_pooled
@@ -478,10 +446,9 @@ def batch_terms(model, batch, ancestors, chance, args):
     return cap_terms(logits, pooled, batch, ancestors, extra, args), own_pooled
 
 
-def train(run, model, data, ancestors=None, dev_sets=None):
-    """Train `model` on `data` to the end of the run's stage; a dense teacher has no ancestors.
-    dev_sets: scored after each epoch of pruning. ValueError if a loss that is logged, or a weight
-    that would be saved, is not finite."""
+def train(run, model, data, ancestors=None, dev=None):
+    """Train `model` on `data` to the end of the run's stage; a dense teacher has no ancestors. dev:
+    scored after each epoch of pruning. ValueError if what is logged or saved is not finite."""
     args, device = run.args, model.classifier.weight.device
     # epochs and steps of the stage
     first, last = 0, TEACHER_EPOCHS
@@ -502,7 +469,6 @@ def train(run, model, data, ancestors=None, dev_sets=None):
     if processes() > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)  # masks are the same
     masked = ancestors is not None and args.method != "structured"
-    parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     model.train()
@@ -529,12 +495,12 @@ def train(run, model, data, ancestors=None, dev_sets=None):
             ends_epoch = run.batch == steps - 1
             to_log = step % LOG_EVERY == 0 or ends_epoch
             if to_log:
+                check_finite(terms, step)
                 values = {name: term.item() for name, term in terms.items()}
-                check_finite(values, step)
                 shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
@@ -556,28 +522,27 @@ def train(run, model, data, ancestors=None, dev_sets=None):
                 run.save(model, optimizer)
         run.epoch, run.batch = run.epoch + 1, 0
         if ancestors is not None:
-            after_epoch(run, model, data, ancestors, dev_sets, entry)
+            after_epoch(run, model, data, ancestors, dev, entry)
     run.save(model, optimizer)
 
 
-def after_epoch(run, model, data, ancestors, dev_sets, entry):
+def after_epoch(run, model, data, ancestors, dev, entry):
     """A snapshot after an epoch of pruning, but not after the last one, and in CAP-f only at the
     end of a stage; and a dev score. entry: the epoch's last one in the log."""
     args, epochs = run.args, run.args.epochs * len(stages(run.args))
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
-    scores = evaluate(model, args.task, dev_sets, args.dtype)
+    scores = evaluate(model, args.task, {"dev": dev.head(EPOCH_DEV_EXAMPLES)}, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
     run.log(step=entry["step"], epoch=entry["epoch"], kept=entry["kept"], dev=scores)
 
 
 def check_finite(named, step):
-    """ValueError with the name of the first of {name: number or tensor} that is not finite."""
-    for name, value in named.items():
-        if not torch.as_tensor(value).isfinite().all():
-            raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr; what was "
-                             "saved before is kept")
+    """ValueError with the name of the first of {name: tensor} that is not finite."""
+    for name, tensor in named.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite at step {step}: try a smaller --lr")
 
 
 def step_line(entry, terms, device):
@@ -619,7 +584,6 @@ def show_scores(scores):
 
 # --------------------------------------------------------------- structured pruning
 
-
 def importance(run, model, data, ancestors):
     """CAP-f's first-order Taylor criterion: |dL/dm| summed over the batches of `data`, where a mask
     m, here 1, multiplies what each head and each neuron puts out; dropout is off. Of feature f,
@@ -645,8 +609,7 @@ def importance(run, model, data, ancestors):
 
 
 def most_important(importances, count):
-    """Bool masks, one for each layer's vector, of the `count` most important units of all layers,
-    after each vector has been divided by its L2 norm."""
+    """Bool masks, one a layer, of the `count` largest of all, each layer's L2 norm taken as 1."""
     scaled = torch.cat([vector / vector.norm().clamp_min(1e-20) for vector in importances])
     mask = torch.zeros_like(scaled, dtype=torch.bool)
     mask[scaled.argsort(descending=True, stable=True)[:count]] = True
@@ -654,8 +617,7 @@ def most_important(importances, count):
 
 
 def of_sizes(model, layer_sizes):
-    """A model with new weights and so many heads and neurons in each layer, else like `model`;
-    its embeddings are frozen."""
+    """A new model like `model`, with so many heads and neurons a layer, and embeddings frozen."""
     small = BertClassifier(replace(model.config, layer_sizes=layer_sizes))
     small.bert.embeddings.requires_grad_(False)
     return small.to(model.classifier.weight)  # its device and dtype
@@ -684,11 +646,9 @@ def remove_units(model, heads, neurons):
 
 
 def remove_least_important(run, model, data, ancestors, sparsity):
-    """A stage of CAP-f: the model without its least important heads and neurons; at least the
-    fraction `sparsity` of the original heads, and of the neurons, is then gone. NOTE deviation: a
-    layer may lose all of them."""
+    """A stage of CAP-f: the model without at least the fraction `sparsity` of its original heads,
+    and of its neurons. NOTE deviation: a layer may lose all of them."""
     say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
-    # the same share of each kind
     config, masks = model.config, []
     for importances, units in zip(importance(run, model, data, ancestors),
                                   (config.num_attention_heads, config.intermediate_size)):
@@ -698,7 +658,6 @@ def remove_least_important(run, model, data, ancestors, sparsity):
 
 
 # --------------------------------------------------------- run folder and checkpoint
-
 
 @dataclass
 class Run:
@@ -718,46 +677,47 @@ class Run:
         ("teacher", "banks", "prune", "other"), 0.0))
 
     def __post_init__(self):
-        self.folder, self.log_path = self.args.out / "checkpoint", self.args.out / "log.jsonl"
+        self.folder = self.args.out / "checkpoint"
+        self.log_path = self.args.out / "log.jsonl"
         self.last_tick = time.perf_counter()
         self.saved = None  # what a stopped run had saved, until `train` has taken it over
 
     def begin(self):
         """Make the run folder, or take over the position of a stopped run and cut its log to what
-        it was then. ValueError if another process uses the folder, if the machines do not share it,
-        or if what was saved is damaged."""
+        it was then. ValueError if another process uses the folder, or not all machines share it."""
         # its folder, for one run at a time
         out = self.args.out
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             write_json(self.config, out / "config.json")
             self.folder.mkdir(exist_ok=True)
-            self.log_file = locked(self.log_path)
+            self.log_file = open(self.log_path, "a", encoding="utf-8")
+            try:
+                import fcntl  # not there on Windows
+                fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{out} is in use by another process") from None
+            except (ImportError, OSError):  # the second: a file system that has no locks
+                pass
         wait_for_all()
         for _ in range(40):  # a network folder may show it late
             if self.log_path.exists():
                 break
             time.sleep(1)
         else:
-            raise ValueError(f"{out} is not the folder that process 0 writes to: all machines must "
-                             "share it")
+            raise ValueError(f"{out} is not the folder that process 0 writes to")
         # where it was
         if (self.folder / "state.pt").exists():
             self.saved = self.load("state")
             vars(self).update(self.saved["position"])
         wait_for_all()  # else process 0 could save before another has looked
-        # without what a kill has left half written
         if rank() == 0:
             self.log_file.truncate(min(self.log_size, self.log_path.stat().st_size))
-            for torn in out.rglob("*.tmp"):
-                torn.unlink()
 
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
         check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
         self.enter(self.phase)
-        if rank() == 0:
-            os.fsync(self.log_file.fileno())  # else a power cut could leave less than what is saved
         self.log_size = self.log_path.stat().st_size
         position = asdict(self)
         del position["args"], position["config"]
@@ -769,30 +729,23 @@ class Run:
         return time.perf_counter() - self.last_tick >= 60 * self.args.checkpoint_minutes
 
     def write(self, name, content):
-        """Process 0 writes tensors, numbers and the like to checkpoint/NAME.pt; what it held before
-        stays there until all is written."""
-        path = self.folder / f"{name}.pt"
-        try:
-            if rank() == 0:
-                with replacing(path) as file:
-                    torch.save(content, file)
-        except (OSError, RuntimeError):  # the second is torch's
-            raise OSError(f"{path} could not be written: the disk may be full; what was saved "
-                          "before is kept") from None
+        """Process 0 writes tensors, numbers and the like to checkpoint/NAME.pt."""
+        if rank() == 0:
+            with replacing(self.folder / f"{name}.pt") as file:
+                torch.save(content, file)
 
-    def load(self, name, mmap=False):
-        """What checkpoint/NAME.pt holds. ValueError if it is damaged."""
+    def load(self, name):
+        """What checkpoint/NAME.pt holds, memory-mapped. ValueError if it is damaged."""
         path = self.folder / f"{name}.pt"
         try:
-            return torch.load(path, map_location="cpu", mmap=mmap)
+            return torch.load(path, map_location="cpu", mmap=True)
         except Exception:  # torch raises half a dozen types here
             raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
 
     def read(self, name, device):
-        """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
-        there, else memory-mapped, so that the system keeps in memory what fits."""
+        """The tensor in checkpoint/NAME.pt, on a GPU if it takes at most half of what is free."""
         wait_for_all()  # until it is written
-        tensor = self.load(name, mmap=True)
+        tensor = self.load(name)
         if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
             return tensor.to(device)
         return tensor
@@ -809,53 +762,32 @@ class Run:
         self.phase, self.last_tick = phase, now
 
 
-def locked(path):
-    """A file to append to, which no other process can lock until this one closes it or ends.
-    ValueError if another has locked it."""
-    file = open(path, "a", encoding="utf-8")
-    try:
-        import fcntl  # not there on Windows
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{path.parent} is in use by another process") from None
-    except (ImportError, OSError):  # the second: a file system that has no locks
-        pass
-    return file
-
-
 def run_config(args, data, model, teacher):
-    """What decides the result of a run, as JSON: flags, training rows, and the weights of its
-    pre-trained model and of its teacher, if one is given."""
-    # models by their content
+    """What decides the result of a run: flags, training rows, weights of the models it is given."""
     weights = hashlib.sha256(str(model.config).encode())
     for module in (model.bert, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
                 weights.update(tensor.cpu().numpy())
-    # flags, but those of the machine
     config = {name: value for name, value in vars(args).items()
-              if name not in ("out", "device", "checkpoint_minutes")}
+              if name not in ("out", "device", "checkpoint_minutes")}  # the machine's
     return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
 
 
 def finished_record(run):
-    """The record of a run, if its folder holds it finished, else None. ValueError if the folder is
+    """The record of a run, if its folder holds it finished, else {}. ValueError if the folder is
     something else, or of a run with another configuration."""
     # whose folder is it? models and data are known by their content, not by where they lie
     out = run.args.out
-    if (out / "config.json").exists():
-        before = read_json(out / "config.json")
+    before = read_json(out / "config.json", {})
+    if before:
         differing = [f"{name} {before.get(name)!s:.20}" for name, value in run.config.items()
                      if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
         if differing:
-            raise ValueError(f"{out} belongs to another run, with {', '.join(differing)}: choose "
-                             "another --out or delete it")
-    elif out.is_file() or any(found.suffix != ".tmp" for found in out.glob("*")):
+            raise ValueError(f"{out} has another run, with {', '.join(differing)}: change --out")
+    elif any(out.glob("[!.]*")):
         raise ValueError(f"{out} is no run folder: choose another --out")
-    # has it ended?
-    if (out / "record.json").exists():
-        return read_json(out / "record.json")
-    return None
+    return read_json(out / "record.json", {})
 
 
 def export(model, tokenizer, task, folder):
@@ -877,18 +809,17 @@ def make_record(run, model, data, dev_sets):
     for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs)):
         if run.seconds[phase] > 0:  # a teacher may have been given
             speeds[phase] = len(data) * epochs / run.seconds[phase]
-    # what they depend on
-    source = hashlib.sha256()
-    for name in ("bert_min.py", "data_glue.py", "cap_min.py"):
-        source.update((HERE / name).read_bytes())
+    names = ("bert_min.py", "data_glue.py", "cap_min.py")
+    source = b"".join((HERE / name).read_bytes() for name in names)
     machine = (f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads, "
                f"{processes()} processes")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "machine": machine}
     examples = {split: len(rows) for split, rows in {"train": data, **dev_sets}.items()}
     return {"config": run.config, "seed": args.seed, "versions": versions,
-            "source_sha256": source.hexdigest(), "train_sha256": run.config["train_sha256"],
-            "examples": examples, "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
+            "source_sha256": hashlib.sha256(source).hexdigest(),
+            "train_sha256": run.config["train_sha256"], "examples": examples,
+            "dense": run.dense, "pruned": pruned, "sparsity": sparsity,
             "seconds": run.seconds | {"total": sum(run.seconds.values())},
             "examples_per_second": speeds, "peak_memory_bytes": peak_memory(device)}
 
@@ -897,39 +828,36 @@ CURVE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 300" font-si
 <rect width="600" height="300" fill="white"/>
 <text x="60" y="24">kept: gray, dev {metric}: blue, dense {dense:.3f}: red, {steps} steps</text>
 <text x="40" y="44">1</text><text x="40" y="264">0</text>
-<g fill="none" stroke-width="0.005" transform="translate(60,260) scale(500,-220)">
-<path d="M0,1 V0 H1" stroke="gray"/><polyline points="{kept}" stroke="gray"/>
-<polyline points="{dev}" stroke="blue"/><path d="M0,{dense} H1" stroke="red"/></g></svg>
+<style>path, polyline {{fill: none; vector-effect: non-scaling-stroke}}</style>
+<g transform="translate(60,260) scale({scale},-220)">
+<path d="M0,1 V0 H{steps}" stroke="gray"/><polyline points="{kept}" stroke="gray"/>
+<polyline points="{dev}" stroke="blue"/><path d="M0,{dense} H{steps}" stroke="red"/></g></svg>
 """
 
 
 def draw_curve(run):
     """curve.svg of the pruning phase: what was kept, and the dev score after each epoch."""
-    dense, lines = run.dense, run.log_path.read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    steps = entries[-1]["step"] + 1
-    metric, kept, dev = next(iter(dense)), "", ""
-    for entry in entries:
+    metric, kept, dev = next(iter(run.dense)), "", ""
+    for line in run.log_path.read_text().splitlines():
+        entry = json.loads(line)
         if entry["phase"] == "prune":
-            x = (entry["step"] + 1) / steps
-            kept += f"{x},{entry['kept']} "
+            kept += f"{entry['step']},{entry['kept']} "
             if "dev" in entry:
-                dev += f"{x},{entry['dev'][metric]} "
-    curve = CURVE.format(metric=metric, dense=dense[metric], steps=steps, kept=kept, dev=dev)
-    (run.args.out / "curve.svg").write_text(curve, encoding="utf-8")
+                dev += f"{entry['step']},{entry['dev'][metric]} "
+    steps = entry["step"] + 1
+    (run.args.out / "curve.svg").write_text(CURVE.format(
+        metric=metric, dense=run.dense[metric], steps=steps, scale=500 / steps, kept=kept, dev=dev))
 
 
 def print_summary(args, record):
-    """The end of a run: weights in the encoder and scores of both models, and where they lie."""
-    sparsity = record["sparsity"]
-    say(f"\ndense   {sparsity['weights']:12,} weights, dev: {show_scores(record['dense'])}")
-    say(f"pruned  {sparsity['kept']:12,} weights, dev: {show_scores(record['pruned'])}")
-    took = timedelta(seconds=int(record["seconds"]["total"]))
-    say(f"pruned model: {args.out / 'model'}, took {took}")
+    """The end of a run: scores of both models, and where the pruned one lies."""
+    say(f"\ndense, dev: {show_scores(record['dense'])}")
+    say(f"pruned, dev: {show_scores(record['pruned'])}")
+    left = 1 - record["sparsity"]["total"]
+    say(f"pruned model: {args.out / 'model'}, {left:.2%} of the encoder's weights are left")
 
 
 # ----------------------------------------------------------------- several processes
-
 
 def processes():
     """How many processes torchrun started for this run: 1 without it."""
@@ -958,11 +886,6 @@ def summed(tensor):
     return tensor
 
 
-def own_part(batch):
-    """The examples of a batch that are this process's: every n-th of n processes."""
-    return {name: tensor[rank()::processes()] for name, tensor in batch.items()}
-
-
 def gather(rows, size):
     """From the rows (b, D) of each process's part to those of the whole batch (B, D). All n
     processes compute its loss, but each the gradient of its own rows; this counts n times, since
@@ -984,9 +907,9 @@ def join_processes():
 
 # ---------------------------------------------------------------------- command line
 
-DEMO = {"model": str(HERE / "demo" / "model"), "batch_size": 32, "lr": 1e-3, "max_length": 32}
+DEMO = {"model": str(HERE / "demo" / "model"), "epochs": 6, "lr": 1e-3, "max_length": 32}
 STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3,
-              "w_sup": 3.0, "kd_temperature": 1.0}
+              "w_sup": 3.0, "kd_temperature": 1.0, "score_init": "none"}
 
 
 def number(kind, low, below=2 ** 31):
@@ -1009,9 +932,8 @@ FLAGS = {
         ("--task", "demo", TASKS, "GLUE task, snli, or demo/'s small world with its own model"),
         ("--sparsity", 0.97, fraction, "fraction of encoder weights to prune"),
         ("--method", "movement", ("movement", "soft", "magnitude", "structured"),
-         "what decides which weights are kept: top-k of trained scores (CAP-m), scores over a "
-         "threshold (CAP-soft), or |W|; structured: the importance of heads and neurons, removed "
-         "in stages of 10 %% (CAP-f), with defaults of its own"),
+         "top-k of trained scores (CAP-m), scores over a threshold (CAP-soft), top-k of |W|, or "
+         "removal of heads and neurons in stages of 10 %% (CAP-f), with defaults of its own"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
         ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is made first"),
         ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
@@ -1023,12 +945,10 @@ FLAGS = {
         ("--batch-size", 32, whole_number, "examples a step"),
         ("--lr", 3e-5, positive, "peak learning rate of weights"),
         ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),
-        ("--max-length", 128, whole_number, "tokens an example, at most"),
+        ("--max-length", 128, number(int, 3), "tokens an example, at most"),
         ("--max-train", None, whole_number, "training rows, drawn by a fixed seed; None: all"),
-        ("--warmup", 0.09, fraction,
-         "of the run, of the learning rate; dense for 2x, final sparsity for 3x as long"),
-        ("--score-init", "auto", ("auto", "zero", "magnitude"),
-         "auto: zero, as published, from 30,000 steps on, magnitude below"),
+        ("--warmup", 0.09, fraction, "of the run; dense for 2x, final sparsity for 3x as long"),
+        ("--score-init", "auto", ("auto", "zero", "magnitude"), "auto: zero from 30,000 steps on"),
     ],
     "loss, eq. (4) to (8)": [
         ("--temperature", 0.1, positive, "tau of eq. (5)"),
@@ -1045,18 +965,14 @@ FLAGS = {
     "machine": [
         ("--device", "auto", str, "auto, cuda, cuda:1, mps or cpu"),
         ("--dtype", "auto", ("auto", "fp32", "bf16"), "of the matrix products"),
-        ("--checkpoint-minutes", 10.0, not_negative,
-         "between two saves of the state from which the same command goes on after a stop"),
+        ("--checkpoint-minutes", 10.0, not_negative, "between saves, from which a run can go on"),
     ],
 }
 
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(
-        usage="python cap_min.py [--task TASK] [--sparsity S] [...]",
-        description="Prune BERT with contrastive terms (arXiv 2112.07198).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, default, kind, meaning in flags:
@@ -1067,16 +983,12 @@ def parse(argv):
             group.add_argument(flag, **options)
     # parsed twice, since --method and --task change the defaults of the others
     args = parser.parse_args(argv)
-    if args.task == "demo":
-        parser.set_defaults(epochs=6)
     if args.method == "structured":
         parser.set_defaults(**STRUCTURED)
     if args.task == "demo":
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
-    if Path(args.model).is_dir():  # else it is a name
-        args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
     if args.out is None:
         name = f"{args.task}-{args.sparsity:g}"
@@ -1114,28 +1026,24 @@ def choose_device(args):
 
 def settle_schedule(args, size):
     """Settles --score-init. ValueError unless `size` examples give the schedule room."""
-    if args.method in ("magnitude", "structured"):
-        args.score_init = "none"
-    if args.method == "structured":  # which has no schedule of densities
-        return
     total = args.epochs * math.ceil(size / args.batch_size)
     warmup = round(args.warmup * total)
     if warmup < 1 or total < 5 * warmup + 2:
-        raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule:"
-                         " it takes a warm-up of at least 1 step, and 5 warm-ups + 2 steps in all")
+        raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule")
     if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
+    if args.method == "magnitude":
+        args.score_init = "none"
 
 
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
     # does the model know all pieces and positions?
-    if tokenizer.size > config.vocab_size:
-        raise ValueError(f"{args.model}: its vocabulary has {tokenizer.size} pieces, the model "
-                         f"knows {config.vocab_size}")
-    if not 3 <= args.max_length <= config.max_position_embeddings:
-        raise ValueError(f"--max-length {args.max_length} is not between 3 and the model's "
-                         f"{config.max_position_embeddings} positions")
+    pieces = len(tokenizer.listed)
+    if pieces > config.vocab_size:
+        raise ValueError(f"{args.model} has {pieces} pieces, it knows {config.vocab_size}")
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(f"--max-length is over the model's {config.max_position_embeddings}")
     encoded = {}
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
@@ -1149,31 +1057,21 @@ def load_data(args, tokenizer, config):
 
 
 def label_order(labels, words):
-    """The output that stands for each of the task's words, None where none does, by the labels
-    {output: label} of a model. Without labels, and for one output, their order is trusted."""
+    """The output of a model for each of the task's words, or None, by its labels {output: label}: a
+    word, its beginning (neg, pos) or its number. Without labels or words the order is trusted."""
     if not labels or not words:
         return list(range(max(1, len(words))))
-    outputs = {meaning(label, words): output for output, label in labels.items()}
+    outputs = {}
+    for output, label in labels.items():
+        for i, word in enumerate(words):
+            if word.startswith(label.lower()) or label.lower() in (str(i), f"label_{i}"):
+                outputs[word] = output
     return [outputs.get(word) for word in words]
-
-
-def meaning(label, words):
-    """The word that a label means: the word itself, else the word with that number, else the one
-    that begins so (neg, pos)."""
-    label = label.lower()
-    for word in words:
-        if label == word.lower():
-            return word
-    for i, word in enumerate(words):
-        if label in (str(i), f"label_{i}") or word.lower().startswith(label):
-            return word
-    return None
 
 
 def load_fine_tuned(folder, args, config):
     """A model fine-tuned on the task, with its outputs in the order of the task's words. ValueError
-    if its labels are others, or if its inputs or, for FiC, its vectors are not those of a model of
-    `config`."""
+    if its labels are others, or its inputs or, for FiC, its vectors not those of the `config`."""
     model, words = from_pretrained(folder, num_labels=None), TASKS[args.task].words
     labels = model.config.id2label
     order = label_order(labels, words)
@@ -1181,8 +1079,7 @@ def load_fine_tuned(folder, args, config):
         raise ValueError(f"{folder}: its labels are {labels}, those of {args.task} are {words}")
     for parameter in model.classifier.parameters():
         parameter.data = parameter.data[order]
-    # its sizes
-    same = ["vocab_size", "max_position_embeddings", "type_vocab_size"]
+    same = ["vocab_size", "max_position_embeddings"]
     if "fic" not in args.without:
         same.append("hidden_size")
     for name in same:
@@ -1193,16 +1090,12 @@ def load_fine_tuned(folder, args, config):
 
 
 def tune_cpu():
-    """What makes a step on a CPU faster and changes nothing else. To be called before torch works,
-    whose threads take over the first setting as they start.
-
-    Numbers below 1e-38 count as 0: in some 800 steps Adam's momentum of a weight that stays pruned
-    decays to such, over which some processors take ten times as long. oneDNN makes code for each
-    shape of a matrix product and keeps 1,024 of them: batches of many lengths have more, and to
-    make one anew takes 1 ms. And glibc keeps what is freed: to give each step's gradients back to
-    the system and to map them anew, page by page, takes up to a tenth of a step."""
+    """What makes a step on a CPU faster and changes nothing else, before torch's threads start."""
+    # numbers below 1e-38 are 0: Adam's momentum of pruned weights, on which processors take long
     torch.set_flush_denormal(True)
+    # keep oneDNN's code for matrix products of 16,384 shapes: to make one anew takes 1 ms
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+    # glibc keeps what is freed: to map each step's gradients anew takes up to a tenth of a step
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, at its largest
         ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
@@ -1220,14 +1113,14 @@ def cap(args):
     if args.teacher is not None:
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
-    settle_schedule(args, len(data))
+    if args.method != "structured":  # which has no schedule of densities
+        settle_schedule(args, len(data))
     if model.config.layer_sizes is not None:
         raise ValueError(f"{args.model}: some of its heads or neurons are gone already")
     run = Run(args, run_config(args, data, model, teacher))
     record = finished_record(run)
     wait_for_all()  # else one could write before another has looked
-    if record is not None:
-        shutil.rmtree(run.folder, ignore_errors=True)  # of a stop at the very end
+    if record:
         say(f"{args.out} is finished:")
         print_summary(args, record)
         return record
@@ -1249,9 +1142,8 @@ def cap(args):
         run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
         if args.teacher is not None and run.dense.get("accuracy", 1) < 0.8 / outputs:
-            raise ValueError(f"{args.teacher} is worse than chance on {args.task}: give its config"
-                             f".json an id2label, the words {words} in the order of its outputs, "
-                             f"and delete {args.out}")
+            raise ValueError(f"{args.teacher} is worse than chance: write an id2label, {words} in "
+                             f"the order of its outputs, into its config, and delete {args.out}")
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
         run.stage, run.epoch, run.batch = 0, 0, 0
@@ -1260,7 +1152,6 @@ def cap(args):
 
     # pruning, in one stage or, of heads and neurons, in several
     run.enter("prune")
-    some_dev = {"dev": dev_sets["dev"].head(EPOCH_DEV_EXAMPLES)}
     structured = args.method == "structured"
     if not structured:
         add_masks(model, args.score_init)
@@ -1269,8 +1160,7 @@ def cap(args):
     for run.stage in range(run.stage, len(stages(args))):
         if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
-        train(run, model, data, ancestors, some_dev)
-    del ancestors  # whose files are not needed any more
+        train(run, model, data, ancestors, dev_sets["dev"])
     if not structured:
         apply_masks(model)
     export(model, tokenizer, args.task, args.out / "model")

@@ -22,10 +22,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bert_min import cache_folder, download, read_json, replacing, write_json
+from bert_min import cache_folder, download, read_json, write_json
 
 # ----------------------------------------------------------------------------- tasks
-
 
 class Task(NamedTuple):
     """Where a task's texts and labels stand, and how it is scored.
@@ -77,19 +76,16 @@ OTHER_NAMES = {"#1 String": "sentence1", "#2 String": "sentence2", "sentence1": 
 class Example(NamedTuple):
     text_a: str
     text_b: str | None
-    label: int | float  # position in the task's words, or the value of a regression
+    label: float  # position in the task's words, or the value of a regression
 
 
 def load(task, split, data_dir=None):
-    """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm").
-
-    data_dir: the folder that holds the task's folder; without it, the demo's lies beside this file,
-    and GLUE's own are downloaded once into the cache. ValueError, naming file and line, for what is
-    not as the task says; FileNotFoundError for a file that is not there."""
-    name = TASKS[task].files[split]
-    if data_dir is None:
-        data_dir = fetch_glue(task, name)
-    return read_examples(TASKS[task], Path(data_dir) / TASKS[task].folder / name)
+    """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm"). data_dir: the
+    folder with the task's folder, or None: see `glue_root`. ValueError, naming file and line, for
+    what is not as the task says; FileNotFoundError for a file that is not there."""
+    root = glue_root(task) if data_dir is None else Path(data_dir)
+    known = TASKS[task]
+    return read_examples(known, root / known.folder / known.files[split])
 
 
 def read_examples(task, path):
@@ -142,7 +138,7 @@ def read_rows(path):
 def read_text(path):
     """The text of a file. ValueError, naming file and line, if it is not valid UTF-8."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = 1 + error.object.count(b"\n", 0, error.start)
         raise ValueError(f"{path}, line {number}: not valid UTF-8") from None
@@ -188,29 +184,18 @@ SHA256 = {  # of the files there
 }
 
 
-def fetch_glue(task, name):
-    """The folder of the tasks' folders: beside this file for the demo, else the cache, into which
-    GLUE's own file `name` is downloaded and unpacked on first use."""
+def glue_root(task):
+    """Where the task's folder is: for the demo here, else in GLUE's archive, downloaded once."""
     if task == "demo":
         return Path(__file__).parent
     archive = TASKS[task].archive
-    cache = cache_folder() / "glue"
-    path = cache / TASKS[task].folder / name
-    if path.exists():
-        return cache
     if archive is None:
-        raise FileNotFoundError(f"{path}: {task} is not downloaded; put the file there by hand "
-                                "or pass --data-dir")
-    packed = download(f"{GLUE_URL}/{archive}", cache / archive, SHA256[archive])
+        raise FileNotFoundError(f"{task} is not downloaded: pass --data-dir")
+    packed = download(f"{GLUE_URL}/{archive}", cache_folder() / "glue" / archive, SHA256[archive])
     try:
-        with zipfile.ZipFile(packed) as unpacked:
-            text = unpacked.read(f"{TASKS[task].folder}/{name}")
-    except (zipfile.BadZipFile, KeyError):  # put there by hand
-        raise ValueError(f"{packed} is not GLUE's archive: delete it") from None
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as file:
-        file.write(text)
-    return cache
+        return zipfile.Path(packed)
+    except zipfile.BadZipFile:  # put there by hand
+        raise ValueError(f"{packed} is no archive: delete it") from None
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -235,12 +220,10 @@ def read_vocab(path):
 
 
 class WordPiece:
-    """BERT's tokenizer: the same ids as Google's for words of up to 100 characters. README tells,
-    under deviations, where Google's and transformers' differ.
-
-    vocab_file: one piece per line, its id is the line number from 0; or transformers'
-    tokenizer.json. strip_accents: None means as `lowercase`. ValueError if a special token is not
-    in the vocabulary."""
+    """BERT's tokenizer: Google's ids, but for words over 100 characters; README tells, under
+    deviations, where transformers' differ. vocab_file: one piece a line, its id is the line number
+    from 0; or a tokenizer.json. strip_accents: None means as `lowercase`. ValueError if a special
+    token is missing."""
 
     def __init__(self, vocab_file, lowercase=True, strip_accents=None, handle_chinese_chars=True):
         self.lowercase = lowercase
@@ -249,21 +232,20 @@ class WordPiece:
         if strip_accents is None:
             self.strip_accents = lowercase
         self.listed = read_vocab(Path(vocab_file))
-        self.size = len(self.listed)
         self.vocab = {piece: i for i, piece in enumerate(self.listed)}
         for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if token not in self.vocab:
                 raise ValueError(f"{vocab_file}: not a BERT vocabulary, {token} is missing")
         # texts repeat their words, so each is cut only once
-        self.cached_ids = functools.lru_cache(maxsize=1 << 18)(self.stretch_ids)
+        self.cached_ids = functools.lru_cache(maxsize=250_000)(self.stretch_ids)
 
     def words(self, text):
         """Google's basic tokenization: control characters and accents go, ideographs and
         punctuation are words, the rest is lower-cased."""
-        dropped = ["Cc", "Cf"]
+        dropped = "Cc Cf"  # categories of Unicode
         if self.strip_accents:
             text = unicodedata.normalize("NFD", text)
-            dropped.append("Mn")
+            dropped = "Cc Cf Mn"
         text = "".join(char for char in text.replace("\ufffd", "")
                        if char in "\t\n\r" or unicodedata.category(char) not in dropped)
         if self.handle_chinese_chars:
@@ -297,14 +279,11 @@ class WordPiece:
 
     def encode(self, text_a, text_b=None, max_length=128):
         """[CLS] a [SEP] or [CLS] a [SEP] b [SEP] as (input_ids, token_type_ids), two lists of at
-        most max_length. Of a pair that is too long, the longer text loses its last piece, and
-        where both are equally long the second, until it fits."""
+        most max_length. Of too long a pair the longer text, of equal ones b, loses its end."""
         a, b = self.ids(text_a), self.ids(text_b or "")
-        # a pair that is too long
         room = max_length - (2 if text_b is None else 3)
         while len(a) + len(b) > room:
             (a if len(a) > len(b) else b).pop()
-        # special tokens and segments
         separator = [self.vocab["[SEP]"]]
         first = [self.vocab["[CLS]"], *a, *separator]
         second = [] if text_b is None else b + separator
@@ -315,23 +294,25 @@ def load_tokenizer(folder):
     """The WordPiece of a model's folder, with the ids of transformers 5, which takes the pieces
     from tokenizer.json, if there is one, and the settings from tokenizer_config.json. ValueError if
     a file of it is damaged, contradicts another or asks for what is not known here."""
-    config = read_if_there(Path(folder) / "tokenizer_config.json")
-    backend = read_if_there(Path(folder) / "tokenizer.json")
+    folder = Path(folder)
+    config = read_json(folder / "tokenizer_config.json", {})
+    backend = read_json(folder / "tokenizer.json", {})
     settings = {"lowercase": config.get("do_lower_case", True),
                 "strip_accents": config.get("strip_accents"),
                 "handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
     try:
-        for name, value in settings.items():
-            if value not in (True, False) and (name, value) != ("strip_accents", None):
-                raise ValueError("tokenize_chinese_chars, strip_accents or do_lower_case is "
-                                 "neither true nor false")
         vocab_file = "vocab.txt"
         if backend:
-            check_backend(backend, settings)
             vocab_file = "tokenizer.json"
-        tokenizer = WordPiece(Path(folder) / vocab_file, **settings)
+            # which of two settings transformers follows depends on the class
+            prefix = backend["model"]["continuing_subword_prefix"]
+            found = {**backend["normalizer"], "prefix": prefix}
+            wanted = {"type": "BertNormalizer", "clean_text": True, **settings, "prefix": "##"}
+            if found != wanted:
+                raise ValueError(f"{str(found):.200} in tokenizer.json, not {wanted}")
+        tokenizer = WordPiece(folder / vocab_file, **settings)
         # texts are not searched for tokens that were added, of which one of three files tells
-        added = list(read_if_there(Path(folder) / "added_tokens.json"))
+        added = list(read_json(folder / "added_tokens.json", {}))
         for token in [*config.get("added_tokens_decoder", {}).values(),
                       *backend.get("added_tokens", [])]:
             added.append(token["content"])
@@ -341,44 +322,24 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: its tokenizer is not known here ({error})") from None
     # transformers lower-cases, if nothing says otherwise
     cased = sum(piece != piece.lower() for piece in tokenizer.vocab)
-    if "do_lower_case" not in config and cased > 5 + tokenizer.size / 20:
+    if "do_lower_case" not in config and cased > 5 + len(tokenizer.vocab) / 20:
         raise ValueError(f"{folder}: {cased} pieces have upper-case letters; write do_lower_case, "
                          "true or false, into its tokenizer_config.json")
     return tokenizer
 
 
-def read_if_there(path):
-    """The object in a JSON file, {} without a file."""
-    if not path.exists():
-        return {}
-    return read_json(path)
-
-
-def check_backend(backend, settings):
-    """ValueError if a tokenizer.json is no BERT's or has other settings than tokenizer_config.json:
-    which of the two transformers follows depends on the class."""
-    model = backend["model"]
-    normalizer = backend["normalizer"]
-    if model.get("type", "WordPiece") != "WordPiece" or model["continuing_subword_prefix"] != "##":
-        raise ValueError("tokenizer.json is no WordPiece with the prefix ##")
-    wanted = {"type": "BertNormalizer", "clean_text": True, **settings}
-    if normalizer != wanted:
-        raise ValueError(f"tokenizer.json normalizes by {str(normalizer):.200}, "
-                         f"tokenizer_config.json by {wanted}")
-
-
 def save_tokenizer(tokenizer, folder, max_length):
     """Write vocab.txt and tokenizer_config.json as transformers reads them."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "vocab.txt").write_bytes("\n".join(tokenizer.listed).encode())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_bytes("\n".join(tokenizer.listed).encode())
     write_json({"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
                 "strip_accents": tokenizer.strip_accents,
                 "tokenize_chinese_chars": tokenizer.handle_chinese_chars,
-                "model_max_length": max_length}, Path(folder) / "tokenizer_config.json")
+                "model_max_length": max_length}, folder / "tokenizer_config.json")
 
 
 # --------------------------------------------------------------------------- batches
-
 
 @dataclass
 class Encoded:
@@ -410,7 +371,6 @@ class Encoded:
     def batch(self, index):
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
         token_type_ids (B, T), labels (B,) and index (B,), where the tokens are."""
-        # which positions are tokens
         device, lengths = self.tokens.device, self.lengths[index, None]  # (B, 1)
         position = torch.arange(int(lengths.max()), device=device)[None]  # (1, T)
         index, lengths = sent(index, device), sent(lengths, device)
@@ -425,16 +385,16 @@ class Encoded:
 
 def encode_task(examples, tokenizer, max_length=128):
     """list[Example] -> Encoded, with at most `max_length` tokens an example."""
-    tokens, lengths, first = array.array("i"), [], []
-    for text_a, text_b, _ in examples:
+    tokens, lengths, first, labels = array.array("i"), [], [], []
+    for text_a, text_b, label in examples:
         input_ids, token_type_ids = tokenizer.encode(text_a, text_b, max_length)
         tokens.extend(input_ids)
         lengths.append(len(input_ids))
         first.append(token_type_ids.count(0))
+        labels.append(label)
     lengths = torch.tensor(lengths)
-    labels = torch.tensor([example.label for example in examples])
     return Encoded(torch.frombuffer(tokens, dtype=torch.int32), lengths.cumsum(0) - lengths,
-                   lengths, torch.tensor(first), labels)
+                   lengths, torch.tensor(first), torch.tensor(labels))
 
 
 def inputs(batch):
@@ -449,18 +409,16 @@ def sent(tensor, device):
 
 def batches_by_length(data, tokens):
     """All examples, the longest first, in batches of at most `tokens` with their padding."""
-    lengths, order = data.lengths.sort(descending=True)
+    order = data.lengths.argsort(descending=True)
     while len(order):
-        count = max(1, tokens // int(lengths[0]))
+        count = max(1, tokens // int(data.lengths[order[0]]))
         yield data.batch(order[:count])
-        lengths, order = lengths[count:], order[count:]
+        order = order[count:]
 
 
 def batches(data, batch_size, seed, epoch=0, start=0):
-    """The shuffled batches of one epoch, each of examples of similar length.
-
-    The order is a function of (seed, epoch) alone, so (epoch, batches seen) is the whole state:
-    `start` skips the batches that an interrupted epoch had already had."""
+    """The shuffled batches of one epoch, each of examples of similar length. The order is a
+    function of (seed, epoch) alone; `start` skips what an interrupted epoch had already had."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     # 50 batches of examples at random, cut into batches in the order of their lengths
     cut = []
@@ -474,12 +432,11 @@ def batches(data, batch_size, seed, epoch=0, start=0):
 
 # --------------------------------------------------------------------------- metrics
 
-
 def score(task, predictions, labels):
     """GLUE's scores of a task, as fractions: {"accuracy": ..., "f1": ...} and the like.
-
     predictions, labels: (N,) class numbers, or values. What is not defined (no variance) is 0."""
-    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    predictions = np.asarray(predictions)
+    labels = np.asarray(labels)
     return {name: METRICS[name](predictions, labels) for name in TASKS[task].metrics}
 
 
@@ -489,12 +446,11 @@ def accuracy(predictions, labels):
 
 def f1(predictions, labels):
     """Of class 1 of two."""
-    hits = np.sum(predictions * labels)
-    return float(2 * hits / max(1, np.sum(predictions) + np.sum(labels)))
+    return float(2 * np.sum(predictions * labels) / max(1, np.sum(predictions + labels)))
 
 
 def pearson(predictions, labels):
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+    if np.ptp(predictions) * np.ptp(labels) == 0:
         return 0.0
     return float(np.corrcoef(predictions, labels)[0, 1])
 

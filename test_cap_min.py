@@ -97,7 +97,6 @@ def toy_batch():
 # ========================================================== part 1: numbers by hand
 # ----------------------------------------------------------------------------- masks
 
-
 def test_mask_keeps_the_largest_of_ten_integers():
     """round(0.3 * 10) = 3 of the scores 0 ... 9 are kept: 7, 8 and 9. Eq. (1)."""
     scores = tensor([[3, 9, 0, 7, 1], [5, 2, 8, 4, 6]])
@@ -130,14 +129,15 @@ def test_straight_through_gradients():
 
 
 def test_straight_through_under_autocast():
-    """1 + 2^-10 is 1 in bf16: so is W' in forward, but the score's gradient has the whole W:
+    """1 + 2^-10 is 1 in bf16: so is W' in the product, but the score's gradient has the whole W:
     dL/dS = 2 (1 + 2^-10), and dL/dW = 2; both in fp32."""
     weight = torch.tensor([1 + 2 ** -10, 3.0], requires_grad=True)
     scores = torch.zeros(2, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool))
-    assert masked.dtype == torch.bfloat16 and masked.tolist() == [1, 0]
-    (2 * masked).sum().backward()
+        product = torch.full((1, 2), 2.0) @ masked[:, None]
+    assert product.dtype == torch.bfloat16 and product.item() == 2
+    product.backward()
     assert weight.grad.tolist() == [2, 0] and weight.grad.dtype == torch.float32
     assert scores.grad.tolist() == [2 + 2 ** -9, 6]
 
@@ -178,7 +178,6 @@ def test_soft_masks_and_their_cut():
 
 # -------------------------------------------------------------------------- schedule
 
-
 def test_cubic_schedule():
     """From 1 to 0.2 between step 2 and step 10 - 4 = 6: at step 4 half of it is over, so
     0.2 + 0.8 * (1 - 1/2)^3 = 0.3; before it is 1, after it 0.2. The learning rate, with a
@@ -188,10 +187,10 @@ def test_cubic_schedule():
     assert density[4] == pytest.approx(0.3)
     assert density[6:] == [0.2] * 5
     assert [linear_lr(step, 6, 2) for step in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
+    assert linear_lr(3, 4, warmup=0) == 0.25
 
 
 # ------------------------------------------------------------------- sparsity report
-
 
 def test_sparsity_report_counts_zeros():
     """One of TINY's 12 matrices, of 16 * 16 weights, has 64 zeros: a share of 1/4 of it and of
@@ -264,7 +263,6 @@ def test_supcon_divides_by_the_batch():
 
 # ------------------------------------------------------------------------ total loss
 
-
 def test_distillation():
     """T = 2, teacher logits (2 log 3, 0), student (0, 0): softmax at T gives (3/4, 1/4) and
     (1/2, 1/2); T^2 KL = 4 (3/4 log(3/2) + 1/4 log(1/2)) = 0.5232. Eq. (8)."""
@@ -306,7 +304,6 @@ def test_total_loss():
 
 # --------------------------------------------------------------- structured pruning
 
-
 def test_units_are_ranked_over_all_layers():
     """(3, 4) has norm 5 and becomes (0.6, 0.8), (0, 10) becomes (0, 1): the order is the last one,
     0.8, 0.6, 0; a layer may lose all. (1, 1, 1, 1) becomes 0.5 each, (100, 200) becomes (0.45,
@@ -331,7 +328,6 @@ def test_stages():
 
 
 # ------------------------------------------------------------------------- WordPiece
-
 
 def pieces(vocab, text, **options):
     tokenizer = WordPiece(vocab, **options)
@@ -371,7 +367,6 @@ def test_pair_truncation_takes_from_the_longer(vocab):
 
 # --------------------------------------------------------------------------- metrics
 
-
 def test_metrics():
     """Predictions 1 1 0 0 for labels 1 0 1 0: half right; 1 true of 2 predicted and 2 real
     positives, F1 = 2 / 4; as many agreements as chance, Matthews 0. Predicting 1 1 1 0 for
@@ -390,7 +385,6 @@ def test_metrics():
 
 # =============================================================== part 2: properties
 # ----------------------------------------------------------------------------- masks
-
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
@@ -445,7 +439,6 @@ def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export(score_init):
 
 
 # -------------------------------------------------------------------- snapshot banks
-
 
 def toy_data(vocab, count=10):
     examples = [Example("good " * (1 + i % 5), None, i % 2) for i in range(count)]
@@ -508,7 +501,6 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab, tmp_path):
 
 # --------------------------------------------------------------- structured pruning
 
-
 def test_importance_is_the_gradient_of_a_mask(vocab, tmp_path, monkeypatch):
     """A mask m, here a factor on what a head or a neuron puts out, has a gradient dL/dm; of 10
     examples in batches of 4 the absolute values of three such gradients are summed. Of two
@@ -532,8 +524,10 @@ def test_importance_is_the_gradient_of_a_mask(vocab, tmp_path, monkeypatch):
             total += gradient.abs()
     assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
     assert torch.allclose(neurons[1].double(), wanted[1], rtol=1e-4) and wanted[1].min() > 0
-    for name, fake in (("processes", lambda: 2), ("own_part", lambda batch: batch),
-                       ("gather", lambda rows, size: rows), ("summed", lambda grad: 6 * grad)):
+    both = [("processes", lambda: 2), ("gather", lambda rows, size: rows),
+            ("summed", lambda grad: 6 * grad), ("inputs", lambda batch: [
+                tensor.repeat_interleave(2, 0) for tensor in data_glue.inputs(batch)])]
+    for name, fake in both:
         monkeypatch.setattr(cap_min, name, fake)
     again, _ = cap_min.importance(run, model, data, ancestors)
     assert torch.allclose(again[1], 3 * heads[1], rtol=1e-4)
@@ -571,7 +565,6 @@ def test_removed_units_compute_as_masked_ones(tmp_path):
 
 # ---------------------------------------------------------------- sparse inference
 
-
 def test_sparse_forward_is_the_dense_one(monkeypatch):
     """CSR matrices, feature-major activations and LayerNorm by columns give the same logits and
     pooled vectors, with padding, without, and where units are gone. A layer is sparse up to a share
@@ -598,7 +591,6 @@ def test_sparse_forward_is_the_dense_one(monkeypatch):
 
 
 # --------------------------------------------------------------------------- batches
-
 
 def test_every_example_once_an_epoch_among_its_likes(vocab):
     """Batches are padded to their longest example. Lengths 1 ... 5 + 2 special ids, shuffled,
@@ -627,7 +619,6 @@ def test_segments_of_a_pair(vocab):
 
 
 # ------------------------------------------------------------------------ embeddings
-
 
 def test_dropout_keeps_its_share_and_the_mean():
     """At rate 1/4, of n = 200,001 ones a quarter becomes 0 and the others 4/3; of neighbours, cut
@@ -672,7 +663,6 @@ def test_published_loss(case, listed):
 
 
 # ----------------------------------------------------------------- layer, classifier
-
 
 def test_layer_is_torch_transformer_encoder_layer():
     """torch's post-norm layer with gelu computes the same from the same weights; query, key and
@@ -787,7 +777,7 @@ def test_wordpiece_is_that_of_transformers(lowercase, others, vocab, tmp_path):
         for text in ODD_TEXTS:
             ids = ours.encode(text, max_length=20_000)[0]
             assert ids == theirs(text)["input_ids"] == exported(text)["input_ids"]
-        assert ours.size == len(theirs)
+        assert len(ours.listed) == len(theirs)
     backend = theirs.backend_tokenizer  # of the tokenizers library
     for length in (20_000, 13):  # 10 pieces and 3 special ones: ties over 9 or 11 it cuts otherwise
         backend.enable_truncation(length)
@@ -909,17 +899,17 @@ def test_export_has_exactly_k_weights_and_is_transformers(finished, vocab, glue)
 
 def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path, capsys):
     """Another folder, the same command, the teacher of the first run: the same weights to the
-    last bit. Of 2 * (4 * 256 + 2 * 512) weights 2 * (4 * 26 + 2 * 51) are left, says the summary.
+    last bit. Of 2 * (4 * 256 + 2 * 512) weights 2 * (4 * 26 + 2 * 51) are left, 10.06 %.
     The command again does nothing; with another option it is refused."""
     assert main(command(tmp_path, "movement", "--teacher", str(finished / "teacher"))) == 0
     out = capsys.readouterr().out
-    assert "4,096 weights" in out and "412 weights" in out and "\n14/14 | 10.1% | " in out
+    assert "10.06% of the encoder's weights are left" in out and "\n14/14 | 10.1% | " in out
     first, second = (run / "model" / "model.safetensors" for run in (finished, tmp_path))
     assert first.read_bytes() == second.read_bytes()
     before = (finished / "record.json").stat().st_mtime_ns
     assert main(command(finished)) == 0
     out = capsys.readouterr().out
-    assert "is finished" in out and "412 weights" in out and "14/14" not in out
+    assert "is finished" in out and "10.06%" in out and "14/14" not in out
     assert main(command(finished, "movement", "--lr", "2e-3")) == 2
     assert "another run, with lr 0.003: " in capsys.readouterr().err
     assert (finished / "record.json").stat().st_mtime_ns == before
@@ -938,6 +928,9 @@ def test_recipe(capsys):
         args.score_init = "auto"
         cap_min.settle_schedule(args, rows)
         assert args.score_init == start
+    args.method = "magnitude"
+    cap_min.settle_schedule(args, 392_702)
+    assert args.score_init == "none"
     model = BertClassifier(TINY)
     add_masks(model, "zero")
     weights, scores = cap_min.make_optimizer(model, args).param_groups
@@ -947,10 +940,11 @@ def test_recipe(capsys):
     stages = cap_min.parse(["--task", "mnli", "--method", "structured", "--w-sup", "4"])
     assert (stages.sparsity, stages.epochs, stages.batch_size, stages.lr) == (0.9, 2, 16, 2e-5)
     assert (stages.w_unsup, stages.w_sup, stages.kd_temperature) == (0.3, 4, 1)
+    assert stages.score_init == "none"
     demo = cap_min.parse(["--max-length", "16"])
     assert (demo.task, demo.epochs, demo.max_length, demo.lr) == ("demo", 6, 16, 1e-3)
     both = cap_min.parse(["--method", "structured"])
-    assert (both.epochs, both.batch_size, both.lr) == (2, 32, 1e-3)
+    assert (both.epochs, both.batch_size, both.lr) == (6, 16, 1e-3)
     for wrong in ("--sparsity 1.0", "--sparsity nan", "--epochs 0", "--lr 0", "--seed -1",
                   "--w-sup nan", "--method hard", "--temperature cold", "--without all"):
         with pytest.raises(SystemExit):
@@ -1050,7 +1044,6 @@ def test_what_is_random_is_a_function_of_its_place(monkeypatch):
 
 # ---------------------------------------------------------------------------- resume
 
-
 def assert_same(first, second):
     """Two runs have the same weights to the last bit, and the same log but for times; what the
     second needed to go on is gone."""
@@ -1139,10 +1132,10 @@ def test_killed_at_any_moment_the_run_ends_the_same(finished, command, tmp_path)
     """SIGKILL comes thrice, up to 20 ms after a line of the log, while every step saves: within a
     step, or within a save, of which a torn file stays, which does no harm."""
     options, chance = command(tmp_path, "movement", "--checkpoint-minutes", "0"), random.Random(1)
-    (tmp_path / "config.json.7.tmp").write_bytes(b"torn")
+    (tmp_path / ".config.json.tmp").write_bytes(b"torn")
     for lines in (4, 16, 24):
         kill_after(tmp_path / "log.jsonl", lines, chance.uniform(0, 0.02), start(options))
-        (tmp_path / "checkpoint" / "state.pt.7.tmp").write_bytes(b"torn")
+        (tmp_path / "checkpoint" / ".state.pt.tmp").write_bytes(b"torn")
     assert ends(start(options)) == [0]
     assert_same(finished, tmp_path)
 
@@ -1184,7 +1177,7 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
     moved = ["--data-dir", str(glue), "--model", str(pretrained), "--device", "auto"]
     (out / "log.jsonl").unlink()
     (out / "teacher").mkdir()
-    (out / "teacher" / "model.safetensors.7.tmp").write_bytes(b"torn")
+    (out / "teacher" / ".model.safetensors.tmp").write_bytes(b"torn")
     assert main([*options, *moved]) == 0 and "goes on after 3 epochs" in capsys.readouterr().out
     assert not list(out.rglob("*.tmp")) and len(steps_of(out)) == 80
     assert main(options) == 0 and "is finished" in capsys.readouterr().out
@@ -1206,7 +1199,6 @@ def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch
 
 
 # ----------------------------------------------------------------- several processes
-
 
 @pytest.mark.parametrize("method", ["movement", "soft", "structured"])
 def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_path):
@@ -1239,7 +1231,7 @@ def test_two_machines(pretrained, glue, tmp_path):
     data, share a run folder."""
     agents, port = [], free_port()
     for node in ("0", "1"):
-        shutil.copytree(glue, tmp_path / node / "glue")
+        shutil.make_archive(str(tmp_path / node / "glue" / "SST-2"), "zip", glue)
         shutil.copytree(pretrained, tmp_path / node / "bert-base-uncased")
         agents.append(subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", node,
@@ -1263,7 +1255,6 @@ def test_a_machine_that_does_not_share_the_run_folder(command, tmp_path, monkeyp
 
 
 # --------------------------------------------------------------------- other devices
-
 
 @pytest.mark.parametrize("method", ["movement", "soft"])
 def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
@@ -1291,17 +1282,16 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
 
 # ---------------------------------------------------------------------- command line
 
-
 @pytest.mark.parametrize("options, sentence", [
     (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
     (["--model", "nowhere"], "nowhere: no such folder"),
     (["--data-dir", "nowhere"], "nowhere/SST-2/train.tsv"),
-    (["--max-length", "33"], "the model's 32 positions"), (["--max-length", "1"], "--max-length 1"),
+    (["--max-length", "33"], "--max-length is over the model's 32"),
     (["--epochs", "1", "--batch-size", "10"], "5 steps with --warmup 0.09 have no room"),
     (["--warmup", "0.2"], "14 steps with --warmup 0.2 have no room"),
     (["--teacher", "swapped"], "swapped: its labels are {0: 'good', 1: 'bad'}"),
     (["--teacher", "small"], "small: its "),
-    (["--model", "swapped"], "has 43 pieces, the model knows 42"),
+    (["--model", "swapped"], "has 43 pieces, it knows 42"),
     (["--model", "removed"], "removed: some of its heads or neurons are gone already")])
 def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretrained, tmp_path,
                                            monkeypatch, capsys):
@@ -1325,13 +1315,11 @@ def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretraine
 
 
 def test_labels_are_matched_to_words():
-    """Words first, also where they are short, numbers or beginnings of one another."""
+    """By themselves, their beginnings and their numbers."""
     for labels, words, order in (
-            (["no", "yes"], ["no", "yes"], [0, 1]), (["pos", "NEG"], ["neg", "Positive"], [1, 0]),
-            (["sports", "sport"], ["sport", "sports"], [1, 0]), (["1", "0"], ["1", "0"], [0, 1]),
-            (["1", "0"], ["Bad", "Good"], [1, 0]), (["a", "c"], ["bad", "good"], [None] * 2),
+            (["no", "yes"], ["no", "yes"], [0, 1]), (["pos", "NEG"], ["neg", "positive"], [1, 0]),
+            (["1", "0"], ["bad", "good"], [1, 0]), (["a", "c"], ["bad", "good"], [None] * 2),
             (["goo", "good"], ["bad", "good"], [None, 1]),
-            (["ab", "abc"], ["abcd", "abce"], [1, None]),
             (["LABEL_0", "LABEL_1"], ["bad", "good"], [0, 1]), ([], ["bad", "good"], [0, 1]),
             (["LABEL_0"], [], [0]), ([], [], [0]), (["bad", "bad"], ["bad", "good"], [1, None])):
         assert cap_min.label_order(dict(enumerate(labels)), words) == order
@@ -1354,13 +1342,13 @@ def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypa
     """One with LABEL_0 and LABEL_1 the other way round, say: the sentence tells what to do."""
     monkeypatch.setattr(cap_min, "evaluate", lambda *given: {"accuracy": 0.39})
     assert main(command(tmp_path, "movement", "--teacher", str(finished / "teacher"))) == 2
-    assert "an id2label, the words ['negative', 'positive'] in" in capsys.readouterr().err
+    assert "an id2label, ['negative', 'positive'] in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, sentence", [
-    ("run", b"mine", "run is no run folder"), ("run/thesis.tex", b"mine", "run is no run folder"),
+    ("run", b"mine", "File exists: "), ("run/thesis.tex", b"mine", "run is no run folder"),
     ("run/config.json", b"[", "config.json: damaged, not a JSON file"),
-    ("run/config.json", b'{"hidden_size": 16}', "run belongs to another run, with task None")])
+    ("run/config.json", b'{"hidden_size": 16}', "run has another run, with task None")])
 def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, command, tmp_path,
                                                       capsys):
     """Nothing in it has changed, and nothing is new."""
@@ -1381,19 +1369,19 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         assert main(command(out)) == 2
-        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+        with pytest.raises(OSError, match=f"{path} could not be written .*File too large"):
             save_safetensors({"a": torch.ones(9000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (f"error: {out}/checkpoint/state.pt could not be written: the disk may be full; what "
-            "was saved before is kept\n") == capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out}/checkpoint/state.pt could not be written (")
+    assert error.endswith("); what was there is kept\n") and error.count("\n") == 1
     files = {file.name for file in tmp_path.rglob("*") if file.is_file()}
     assert files == {"config.json", "log.jsonl", "whole"}
     assert load_safetensors(path)["a"].tolist() == [1, 1]
 
 
 # ----------------------------------------------------------------------------- tasks
-
 
 @pytest.mark.parametrize("task, text, sentence", [
     ("sst2", b"sentence\tlabel\ngood 1\n", "line 2: 1 columns, not 2"),
@@ -1447,7 +1435,6 @@ def test_words_come_before_numbers():
 
 # --------------------------------------------------------------------- load and save
 
-
 def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
     """Without the prefix `bert.`, with those of DistributedDataParallel and torch.compile, with
     gamma/beta, half precision, pre-training heads, nulls in the configuration, as "state_dict" in a
@@ -1481,6 +1468,9 @@ def test_other_names_and_files_load_alike(pretrained, tmp_path, capsys):
         (tmp_path / name).rename(tmp_path / f"{name}.index.json")
     with pytest.raises(ValueError, match="several files; load it in transformers and save it with"):
         from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("weight, sentence", [
@@ -1498,10 +1488,10 @@ def test_weights_that_do_not_fit_are_refused(weight, sentence, pretrained, tmp_p
         from_pretrained(tmp_path)
 
 
-def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
+def tokenizer_json(prefix="##", lowercase=True, first=0, **others):
     ids = {piece: i for i, piece in enumerate(PIECES, first)}
     return json.dumps({
-        "model": {"type": kind, "vocab": ids, "continuing_subword_prefix": "##"},
+        "model": {"type": "WordPiece", "vocab": ids, "continuing_subword_prefix": prefix},
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": lowercase,
                        "strip_accents": None, "handle_chinese_chars": True}, **others}).encode()
@@ -1510,12 +1500,11 @@ def tokenizer_json(kind="WordPiece", lowercase=True, first=0, **others):
 @pytest.mark.parametrize("name, content, sentence", [
     ("vocab.txt", b"", r"vocab.txt: not a BERT vocabulary, \[PAD\] is missing"),
     ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nGo\nIs", "6 pieces have upper-case letters"),
-    ("tokenizer_config.json", b'{"do_lower_case": "no"}', "do_lower_case is neither true nor"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"45": {"content": "<e>"}}}', "<e>"),
     ("added_tokens.json", b'{"<e>": 45}', "tokens were added to its vocabulary: .'<e>'"),
     ("tokenizer.json", tokenizer_json(added_tokens=[{"content": "<e>"}]), "tokens were added"),
-    ("tokenizer.json", tokenizer_json(lowercase=False), "json by .*: True}"),
-    ("tokenizer.json", tokenizer_json(kind="BPE"), "is no WordPiece with the prefix ##"),
+    ("tokenizer.json", tokenizer_json(lowercase=False), "'lowercase': False.*not .*: True"),
+    ("tokenizer.json", tokenizer_json(prefix="@@"), "'@@'} in tokenizer.json, not .*'##'"),
     ("tokenizer.json", tokenizer_json(first=1), "pieces are not numbered from 0"),
     ("tokenizer.json", b'{"model": 3}', "its tokenizer is not known here"),
     *(("tokenizer_config.json", content, "tokenizer_config.json: damaged, not a JSON file")
@@ -1572,7 +1561,6 @@ def test_pickles_of_other_things_are_refused(content, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------- download
-
 
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -1642,15 +1630,15 @@ def test_what_is_decided_as_a_process_starts(code, variables, status, printed):
     assert done.returncode == status and printed in done.stdout
 
 
-def test_glue_archives_are_downloaded_and_unpacked(served, glue, monkeypatch):
+def test_glue_archives_are_downloaded_and_read(served, glue, monkeypatch):
     """SST-2's zip gives its two files; snli is not downloaded; what was put there by hand and is no
     zip, or another one, is named."""
     shutil.make_archive(str(served / "SST-2"), "zip", glue)
     monkeypatch.setitem(data_glue.SHA256, "SST-2.zip", sha256(served / "SST-2.zip"))
     assert all(load("sst2", split) == load("sst2", split, glue) for split in ("train", "dev"))
-    with pytest.raises(FileNotFoundError, match="snli is not downloaded; put the file there"):
+    with pytest.raises(FileNotFoundError, match="snli is not downloaded: pass --data-dir"):
         load("snli", "dev")
     for content in (b"<html>", (served / "SST-2.zip").read_bytes()):
         (served.parent / "cache" / "glue" / "RTE.zip").write_bytes(content)
-        with pytest.raises(ValueError, match="RTE.zip"):
+        with pytest.raises((ValueError, OSError), match="RTE.zip"):
             load("rte", "dev")

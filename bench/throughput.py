@@ -238,7 +238,7 @@ def pruning_phase(args, data, model):
     cap_min.add_masks(model, args.score_init)
     run.stage = 0
     run.enter("prune")
-    cap_min.train(run, model, data, ancestors, {"dev": dev})
+    cap_min.train(run, model, data, ancestors, dev)
     return ancestors
 
 

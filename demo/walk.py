@@ -47,7 +47,7 @@ def prepare(folder):
     # the model's first epoch, and a snapshot of it
     cap_min.add_masks(model, args.score_init)
     args.epochs, run.stage, run.epoch = 1, 0, 0
-    cap_min.train(run, model, data, ancestors, {})
+    cap_min.train(run, model, data, ancestors, data)
     cap_min.add_snapshot(run, model, data, ancestors)
     cap_min.set_masks(model, DENSITY)
     return args, rows, data, model.eval(), ancestors
