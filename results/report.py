@@ -344,9 +344,43 @@ def geometry_table():
                   "gradient, K = 1", "K = 9"], rows)
 
 
-def selection_table():
-    """What `studies.py grid` wrote."""
-    return (HERE / "selection" / "grid.md").read_text(encoding="utf-8").strip()
+FORMS = {  # what the records of a folder are called: their row
+    "kd": "movement + KD", "cap": "CAP as published", "supcon-s0.03": "CAP, supcon, w_s 0.03",
+    "supcon-s0.1": "CAP, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP, supcon, w_s 0.3, w_u 0",
+    "supcon-s1": "CAP, supcon, w_s 1", "mean-off": "CAP, ancestors' mean off",
+    "once-pruned": "CAP, contrast once pruning begins", "snc-times-k": "CAP, SnC times K",
+    "weights-only": "CAP, contrast trains weights alone", "one-topk-kd": "one top-k + KD",
+    "smp-s-kd": "SMP-S + KD", "soft-kd": "soft + KD", "cap-soft": "CAP-soft",
+    "soft-weights-only": "CAP-soft, contrast trains weights alone"}
+
+
+def forms_table(folder):
+    """One row for each of FORMS that has records in a folder of results/, TASK-FORM-seedN.json: its
+    score, and what it has more than the first one, for each score of each task. AssertionError
+    unless the runs of a task and seed share rows, source and teacher."""
+    columns, common = {}, {}  # {(task, metric): {form: {seed: score}}}
+    for path in sorted((HERE / folder).glob("*.json")):
+        task, form = re.fullmatch(r"(\w+?)-(.+)-seed\d", path.stem).groups()
+        record = read_json(path)
+        facts = setting(record)[1:]
+        assert common.setdefault((task, record["seed"]), facts) == facts, f"{path}: not as others"
+        for metric, score in record["pruned"].items():
+            scores = columns.setdefault((task, metric), {}).setdefault(form, {})
+            scores[record["seed"]] = 100 * score
+    rows = []
+    for form, name in FORMS.items():
+        row = [name]
+        for scores in columns.values():
+            cells = ["", ""]
+            if form in scores:
+                cells = [spread(scores[form].values()), paired(scores[form], scores["kd"])]
+            row += cells if form != "kd" else [cells[0], ""]
+        if any(row[1:]):
+            rows.append(row)
+    head = ["held-out rows, %"]
+    for task, metric in columns:
+        head += [f"{task}, {metric}", "minus the first"]
+    return table(head, rows)
 
 
 # ----------------------------------------------------------------------------- speed
@@ -428,7 +462,7 @@ def equation_table():
 
 TABLES = {"demo": demo_table, "answer": answer_table, "epochs": epochs_table,
           "methods": methods_table, "probes": probe_table, "geometry": geometry_table,
-          "selection": selection_table, "throughput": throughput_table, "latency": latency_table,
+          "selection": lambda: forms_table("selection"), "throughput": throughput_table, "latency": latency_table,
           "equations": equation_table}
 
 

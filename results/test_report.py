@@ -51,20 +51,30 @@ def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path
             report.comparison("x-")
 
 
-def test_selection_is_what_its_records_say(tmp_path):
-    """studies.py makes the same table of them again; those of a task have the same rows and source,
-    and those of a seed the same teacher."""
-    import studies
-    written = (HERE / "selection" / "grid.md").read_text(encoding="utf-8")
-    records, common = {}, {}
-    for run in dict.fromkeys(re.findall(r"^\| \w+ \| \w+ \| (\S+) \|", written, re.MULTILINE)):
-        for path in sorted((HERE / "selection").glob(f"{run}-seed*.json")):
-            record = records[path.stem] = json.loads(path.read_text())
-            facts = record["train_sha256"], record["source_sha256"], record["dense"]
-            assert common.setdefault((record["config"]["task"], record["seed"]), facts) == facts
-    assert len(records) == len(list((HERE / "selection").glob("*.json")))
-    studies.write_table(records, tmp_path / "grid.md")
-    assert (tmp_path / "grid.md").read_text(encoding="utf-8") == written
+def test_forms_share_their_teacher(tmp_path, monkeypatch):
+    """Of CAP's 0.9 and 0.8 over KD's 0.5 and 0.6 the differences are 40 and 20, mean 30, standard
+    error 10. A run of the same task and seed with another teacher is refused."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    for form, scores in (("kd", (0.5, 0.6)), ("cap", (0.9, 0.8))):
+        for seed, score in enumerate(scores):
+            record = {"config": {}, "train_sha256": "a", "source_sha256": "b", "seed": seed,
+                      "dense": {"accuracy": 1 - seed / 10}, "pruned": {"accuracy": score}}
+            (tmp_path / f"sst2-{form}-seed{seed}.json").write_text(json.dumps(record))
+    head, _, *rows = report.forms_table(".").splitlines()
+    assert "| sst2, accuracy | minus the first |" in head
+    assert rows == ["| movement + KD | 55.0 ± 7.1 |  |",
+                    "| CAP as published | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
+    (tmp_path / "sst2-cap-seed1.json").write_text(json.dumps(record | {"dense": {"accuracy": 1}}))
+    with pytest.raises(AssertionError, match="seed1.json: not as others"):
+        report.forms_table(".")
+
+
+def test_every_record_of_a_form_is_in_a_table():
+    """Of each folder that `forms_table` shows."""
+    for folder in ("selection",):
+        names = {path.stem.partition("-")[2].rpartition("-")[0]
+                 for path in (HERE / folder).glob("*.json")}
+        assert names <= set(report.FORMS)
 
 
 def test_pages_are_current():
