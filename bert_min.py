@@ -522,6 +522,7 @@ def replacing(path):
             os.fsync(file.fileno())  # else a power cut could leave an empty file of that name
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # the second is torch's
-        raise OSError(f"{path} could not be written ({error}); what was there is kept") from None
+        raise OSError(f"{path} could not be written, the disk may be full; what was there is kept "
+                      f"({error})") from None
     finally:
         temporary.unlink(missing_ok=True)

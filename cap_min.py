@@ -94,7 +94,7 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # a sample tells from where on to search: a tenth more than k, and 20 of its numbers, for chance
+    # search above a bound, over which a sample has 1.1 times as many numbers as it should, and 20
     sample = np.sort(row[::127])
     low = len(sample) - int(1.1 * len(sample) * k / len(row)) - 20
     candidates = row[row >= sample[max(0, low)]]
@@ -140,7 +140,7 @@ class Mask(nn.Module):
         if score_init == "zero":
             self.scores = nn.Parameter(torch.zeros_like(weight))
         elif score_init == "magnitude":
-            self.scores = nn.Parameter(weight.abs() / weight.std().clamp_min(1e-12))
+            self.scores = nn.Parameter(weight.abs() / weight.std())
 
     def forward(self, weight):
         return StraightThrough.apply(weight, self.scores, self.mask)
@@ -213,7 +213,7 @@ def cubic_density(step, total, start, end, warm, cool):
 
 def linear_lr(step, total, warmup):
     """Factor on the learning rate: linear from 0 over `warmup` steps, then linear down to 0."""
-    return min(step / max(1, warmup), (total - step) / (total - warmup))
+    return step / warmup if step < warmup else (total - step) / (total - warmup)
 
 
 # ------------------------------------------------------------------- sparsity report
@@ -305,10 +305,9 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     """Unsupervised and supervised contrastive loss of a batch against one bank, eq. (4) to (7).
     queries: (B, D) pooled vectors, not normalised. index, labels: (B,). bank: unit vectors, a
     tensor (N, K, D) or a list of K tensors (N, D) on any device. bank_labels: (N,). extra: (E,)
-    rows of the bank, drawn without replacement.
-    norm: "official" divides by the number of positives of the whole batch, as the published
-    code does; "supcon" by B, as Khosla et al. (arXiv 2004.11362) do.
-    Returns [unsup, sup]: two scalars, not weighted."""
+    rows of the bank, drawn without replacement. norm: "official" divides by the number of positives
+    of the whole batch, as the published code does; "supcon" by B, as Khosla et al. (arXiv
+    2004.11362) do. Returns [unsup, sup]: two scalars, not weighted."""
     q = F.normalize(queries, dim=-1)  # (B, D)
     if isinstance(bank, torch.Tensor):
         bank = bank.unbind(1)  # K of (N, D)
@@ -356,7 +355,7 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
 
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
-    extra: rows; K ancestors use the first args.extra // K, so that banks are of one size."""
+    extra: rows; K ancestors use the first args.extra // K, so that all give as many candidates."""
     # what the labels and the teacher say
     index, labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
@@ -401,7 +400,7 @@ EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so man
 
 
 def stages(args):
-    """Target sparsities, each for args.epochs: that asked for, in CAP-f after 10 %, 20 %, ..."""
+    """Target sparsities, each for args.epochs: in CAP-f 10 %, 20 %, ..., args.sparsity."""
     if args.method != "structured":
         return [args.sparsity]
     return [i / 10 for i in range(1, 10) if i / 10 < args.sparsity] + [args.sparsity]
@@ -416,7 +415,7 @@ def make_optimizer(model, args):
         else:
             weights.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
-    return torch.optim.Adam(groups, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def randomness(*position):
@@ -586,9 +585,8 @@ def show_scores(scores):
 
 def importance(run, model, data, ancestors):
     """CAP-f's first-order Taylor criterion: |dL/dm| summed over the batches of `data`, where a mask
-    m, here 1, multiplies what each head and each neuron puts out; dropout is off. Of feature f,
-    which column f of the matrix W reads, dL/dm = sum_d W_df dL/dW_df. Returns two lists with a
-    vector for each layer: (H,) of the heads and (F,) of the neurons."""
+    m = 1 multiplies what a head or a neuron puts out; dropout is off. Of feature f, which column f
+    of W reads, dL/dm = sum_d W_df dL/dW_df. Returns two lists, (H,) a layer and (F,) a layer."""
     args, config = run.args, model.config
     # the matrices that read what heads and neurons put out, in turn, and the columns of a unit
     readers = []
@@ -599,8 +597,7 @@ def importance(run, model, data, ancestors):
     # the loss of every batch, as in a step, and its gradient for every unit
     model.eval()
     for i, batch in enumerate(batches(data.to(readers[0].device), args.batch_size, args.seed, 0)):
-        chance = randomness(args.seed, 0, i, 1)
-        terms, _ = batch_terms(model, batch, ancestors, chance, args)
+        terms, _ = batch_terms(model, batch, ancestors, randomness(args.seed, 0, i, 1), args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
         for j, gradient in enumerate(gradients):
             columns = (readers[j].detach() * summed(gradient) / processes()).sum(0)
@@ -705,7 +702,7 @@ class Run:
                 break
             time.sleep(1)
         else:
-            raise ValueError(f"{out} is not the folder that process 0 writes to")
+            raise ValueError(f"{out} is not that of process 0: all machines must share it")
         # where it was
         if (self.folder / "state.pt").exists():
             self.saved = self.load("state")
@@ -734,18 +731,19 @@ class Run:
             with replacing(self.folder / f"{name}.pt") as file:
                 torch.save(content, file)
 
-    def load(self, name):
-        """What checkpoint/NAME.pt holds, memory-mapped. ValueError if it is damaged."""
+    def load(self, name, mmap=False):
+        """What checkpoint/NAME.pt holds. ValueError if it is damaged."""
         path = self.folder / f"{name}.pt"
         try:
-            return torch.load(path, map_location="cpu", mmap=True)
+            return torch.load(path, map_location="cpu", mmap=mmap)
         except Exception:  # torch raises half a dozen types here
             raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
 
     def read(self, name, device):
-        """The tensor in checkpoint/NAME.pt, on a GPU if it takes at most half of what is free."""
+        """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
+        there, else memory-mapped, so that the system keeps in memory what fits."""
         wait_for_all()  # until it is written
-        tensor = self.load(name)
+        tensor = self.load(name, mmap=True)
         if device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] / 2:
             return tensor.to(device)
         return tensor
@@ -754,6 +752,7 @@ class Run:
         """Append a line to log.jsonl."""
         if rank() == 0:
             print(json.dumps({"phase": self.phase, **entry}), file=self.log_file, flush=True)
+            os.fsync(self.log_file.fileno())  # else a power cut could leave less than state.pt says
 
     def enter(self, phase):
         """Count the time since the last call for the phase that ends, and begin another."""
@@ -775,8 +774,7 @@ def run_config(args, data, model, teacher):
 
 
 def finished_record(run):
-    """The record of a run, if its folder holds it finished, else {}. ValueError if the folder is
-    something else, or of a run with another configuration."""
+    """The record of a finished run, else {}. ValueError if its folder holds something else."""
     # whose folder is it? models and data are known by their content, not by where they lie
     out = run.args.out
     before = read_json(out / "config.json", {})
@@ -794,8 +792,8 @@ def export(model, tokenizer, task, folder):
     """Save `model` with its labels and tokenizer, ready for transformers."""
     model.config.id2label = dict(enumerate(TASKS[task].words))
     if rank() == 0:
-        save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
         save_pretrained(model, folder)
+        save_tokenizer(tokenizer, folder, model.config.max_position_embeddings)
     wait_for_all()
 
 
@@ -853,8 +851,7 @@ def print_summary(args, record):
     """The end of a run: scores of both models, and where the pruned one lies."""
     say(f"\ndense, dev: {show_scores(record['dense'])}")
     say(f"pruned, dev: {show_scores(record['pruned'])}")
-    left = 1 - record["sparsity"]["total"]
-    say(f"pruned model: {args.out / 'model'}, {left:.2%} of the encoder's weights are left")
+    say(f"pruned model: {args.out / 'model'}, sparsity {record['sparsity']['total']:.2%}")
 
 
 # ----------------------------------------------------------------- several processes
@@ -914,12 +911,10 @@ STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_uns
 
 def number(kind, low, below=2 ** 31):
     """A type of argparse: a number of `kind` with low <= number < below."""
-
     def number(text):
         if not low <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
         return kind(text)
-
     return number
 
 
@@ -947,7 +942,7 @@ FLAGS = {
         ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),
         ("--max-length", 128, number(int, 3), "tokens an example, at most"),
         ("--max-train", None, whole_number, "training rows, drawn by a fixed seed; None: all"),
-        ("--warmup", 0.09, fraction, "of the run; dense for 2x, final sparsity for 3x as long"),
+        ("--warmup", 0.09, fraction, "of --lr, of the run; dense for 2x, final sparsity for 3x it"),
         ("--score-init", "auto", ("auto", "zero", "magnitude"), "auto: zero from 30,000 steps on"),
     ],
     "loss, eq. (4) to (8)": [
@@ -972,7 +967,8 @@ FLAGS = {
 
 def parse(argv):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [--task TASK] [--sparsity S] [...]",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, default, kind, meaning in flags:
@@ -989,6 +985,8 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
+    if Path(args.model).is_dir():  # else it is a name
+        args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
     if args.out is None:
         name = f"{args.task}-{args.sparsity:g}"
@@ -1041,9 +1039,9 @@ def load_data(args, tokenizer, config):
     # does the model know all pieces and positions?
     pieces = len(tokenizer.listed)
     if pieces > config.vocab_size:
-        raise ValueError(f"{args.model} has {pieces} pieces, it knows {config.vocab_size}")
+        raise ValueError(f"{args.model} has {pieces} pieces, the model knows {config.vocab_size}")
     if args.max_length > config.max_position_embeddings:
-        raise ValueError(f"--max-length is over the model's {config.max_position_embeddings}")
+        raise ValueError(f"--max-length: the model has {config.max_position_embeddings} positions")
     encoded = {}
     for split in TASKS[args.task].files:
         rows = load(args.task, split, args.data_dir)
@@ -1059,12 +1057,13 @@ def load_data(args, tokenizer, config):
 def label_order(labels, words):
     """The output of a model for each of the task's words, or None, by its labels {output: label}: a
     word, its beginning (neg, pos) or its number. Without labels or words the order is trusted."""
-    if not labels or not words:
+    if not labels or not words or list(labels.values()) == words:
         return list(range(max(1, len(words))))
     outputs = {}
     for output, label in labels.items():
         for i, word in enumerate(words):
-            if word.startswith(label.lower()) or label.lower() in (str(i), f"label_{i}"):
+            label = label.lower()
+            if word.lower().startswith(label) or label in (str(i), f"label_{i}"):
                 outputs[word] = output
     return [outputs.get(word) for word in words]
 
@@ -1079,7 +1078,7 @@ def load_fine_tuned(folder, args, config):
         raise ValueError(f"{folder}: its labels are {labels}, those of {args.task} are {words}")
     for parameter in model.classifier.parameters():
         parameter.data = parameter.data[order]
-    same = ["vocab_size", "max_position_embeddings"]
+    same = ["vocab_size", "max_position_embeddings", "type_vocab_size"]
     if "fic" not in args.without:
         same.append("hidden_size")
     for name in same:
@@ -1102,8 +1101,7 @@ def tune_cpu():
 
 
 def cap(args):
-    """CAP from the teacher to the record: begin the run that `args` ask for, or go on with it, or
-    show it if its folder holds it finished. Returns its record."""
+    """Begin the run that `args` ask for, go on with it, or show it finished. Returns its record."""
     # the input: all of it is looked at before anything is written
     device, words = choose_device(args), TASKS[args.task].words
     outputs = max(1, len(words))
@@ -1121,6 +1119,7 @@ def cap(args):
     record = finished_record(run)
     wait_for_all()  # else one could write before another has looked
     if record:
+        shutil.rmtree(run.folder, ignore_errors=True)  # of a stop at the very end
         say(f"{args.out} is finished:")
         print_summary(args, record)
         return record
@@ -1161,6 +1160,7 @@ def cap(args):
         if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
         train(run, model, data, ancestors, dev_sets["dev"])
+    del ancestors  # else some systems cannot remove their files
     if not structured:
         apply_masks(model)
     export(model, tokenizer, args.task, args.out / "model")

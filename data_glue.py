@@ -83,9 +83,14 @@ def load(task, split, data_dir=None):
     """The examples of `split` ("train", "dev"; MNLI's mismatched set is "dev_mm"). data_dir: the
     folder with the task's folder, or None: see `glue_root`. ValueError, naming file and line, for
     what is not as the task says; FileNotFoundError for a file that is not there."""
-    root = glue_root(task) if data_dir is None else Path(data_dir)
     known = TASKS[task]
-    return read_examples(known, root / known.folder / known.files[split])
+    path = f"{known.folder}/{known.files[split]}"
+    try:
+        root = glue_root(task) if data_dir is None else Path(data_dir)
+        return read_examples(known, root / path)
+    except (zipfile.BadZipFile, FileNotFoundError):
+        where = data_dir or cache_folder() / "glue"
+        raise FileNotFoundError(f"{path} is not in {where}, or damaged") from None
 
 
 def read_examples(task, path):
@@ -123,7 +128,7 @@ def read_rows(path):
     text = read_text(path)
     number = 1
     if is_quoted(text):
-        rows = csv.reader(io.StringIO(text), delimiter="\t")
+        rows = csv.reader(io.StringIO(text), "excel-tab")
     else:
         rows = (line.rstrip("\r").split("\t") for line in text.split("\n"))
     try:
@@ -188,14 +193,11 @@ def glue_root(task):
     """Where the task's folder is: for the demo here, else in GLUE's archive, downloaded once."""
     if task == "demo":
         return Path(__file__).parent
-    archive = TASKS[task].archive
-    if archive is None:
-        raise FileNotFoundError(f"{task} is not downloaded: pass --data-dir")
-    packed = download(f"{GLUE_URL}/{archive}", cache_folder() / "glue" / archive, SHA256[archive])
-    try:
-        return zipfile.Path(packed)
-    except zipfile.BadZipFile:  # put there by hand
-        raise ValueError(f"{packed} is no archive: delete it") from None
+    name = TASKS[task].archive
+    if name is None:
+        raise FileNotFoundError
+    packed = download(f"{GLUE_URL}/{name}", cache_folder() / "glue" / name, SHA256[name])
+    return zipfile.Path(packed)
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -213,10 +215,8 @@ def read_vocab(path):
     """The pieces of a vocab.txt or tokenizer.json in the order of their ids."""
     if path.suffix != ".json":
         return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
-    vocab = read_json(path)["model"]["vocab"]
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"{path}: its pieces are not numbered from 0")
-    return sorted(vocab, key=vocab.get)
+    pieces = {i: piece for piece, i in read_json(path)["model"]["vocab"].items()}
+    return [pieces[i] for i in range(len(pieces))]
 
 
 class WordPiece:
@@ -279,7 +279,7 @@ class WordPiece:
 
     def encode(self, text_a, text_b=None, max_length=128):
         """[CLS] a [SEP] or [CLS] a [SEP] b [SEP] as (input_ids, token_type_ids), two lists of at
-        most max_length. Of too long a pair the longer text, of equal ones b, loses its end."""
+        most max_length. The longer text, of equal ones b, loses pieces until a pair fits."""
         a, b = self.ids(text_a), self.ids(text_b or "")
         room = max_length - (2 if text_b is None else 3)
         while len(a) + len(b) > room:
@@ -309,7 +309,7 @@ def load_tokenizer(folder):
             found = {**backend["normalizer"], "prefix": prefix}
             wanted = {"type": "BertNormalizer", "clean_text": True, **settings, "prefix": "##"}
             if found != wanted:
-                raise ValueError(f"{str(found):.200} in tokenizer.json, not {wanted}")
+                raise ValueError(f"tokenizer.json: {str(found):.200}, tokenizer_config: {wanted}")
         tokenizer = WordPiece(folder / vocab_file, **settings)
         # texts are not searched for tokens that were added, of which one of three files tells
         added = list(read_json(folder / "added_tokens.json", {}))
@@ -329,9 +329,8 @@ def load_tokenizer(folder):
 
 
 def save_tokenizer(tokenizer, folder, max_length):
-    """Write vocab.txt and tokenizer_config.json as transformers reads them."""
+    """Write vocab.txt and tokenizer_config.json, as transformers reads them, into a folder."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_bytes("\n".join(tokenizer.listed).encode())
     write_json({"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase,
                 "strip_accents": tokenizer.strip_accents,

@@ -50,6 +50,7 @@ for setting in SETTINGS:
     with tempfile.TemporaryDirectory() as work:
         given, saved, export = Path(work) / "given", Path(work) / "saved", Path(work) / "export"
         given.mkdir()
+        export.mkdir()
         shutil.copy(model / "config.json", given)
         shutil.copy(vocab_file, given)
         (given / "tokenizer_config.json").write_text(json.dumps(setting))

@@ -353,8 +353,8 @@ def lower_layers(folder, count, out):
         raise ValueError(f"{folder} does not have more than {count} whole layers")
     del model.bert.encoder["layer"][count:]
     model.config = replace(model.config, num_hidden_layers=count)
-    save_tokenizer(tokenizer, out, model.config.max_position_embeddings)
     save_pretrained(model, out)
+    save_tokenizer(tokenizer, out, model.config.max_position_embeddings)
 
 
 # ------------------------------------------------------------------------------ grid
