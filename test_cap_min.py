@@ -1375,6 +1375,8 @@ def test_a_full_disk_leaves_what_was_there(command, tmp_path, capsys):
         assert main(command(out)) == 2
         with pytest.raises(OSError, match=f"{path} could not be written, .*File too large"):
             save_safetensors({"a": torch.ones(9000)}, path)
+        with pytest.raises(OSError, match="could not"), bert_min.replacing(path) as file:
+            torch.save([torch.ones(9000), torch.ones(9000)], file)  # which raises a RuntimeError
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
