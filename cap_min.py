@@ -94,7 +94,7 @@ def largest_of_rows(rows, k):
 
 def largest(row, k):
     """Bool mask of the k largest numbers of a numpy vector, of equal ones the first."""
-    # search above a bound, over which a sample has 1.1 times as many numbers as it should, and 20
+    # search only above a bound, over which lie 1.1 k / len(row) of a sample, and 20 numbers more
     sample = np.sort(row[::127])
     low = len(sample) - int(1.1 * len(sample) * k / len(row)) - 20
     candidates = row[row >= sample[max(0, low)]]
