@@ -462,8 +462,9 @@ def equation_table():
 
 TABLES = {"demo": demo_table, "answer": answer_table, "epochs": epochs_table,
           "methods": methods_table, "probes": probe_table, "geometry": geometry_table,
-          "selection": lambda: forms_table("selection"), "throughput": throughput_table, "latency": latency_table,
-          "equations": equation_table}
+          "selection": lambda: forms_table("selection"),
+          "criterion": lambda: forms_table("criterion"), "throughput": throughput_table,
+          "latency": latency_table, "equations": equation_table}
 
 
 def render():
