@@ -782,7 +782,8 @@ def finished_record(run):
         differing = [f"{name} {before.get(name)!s:.20}" for name, value in run.config.items()
                      if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
         if differing:
-            raise ValueError(f"{out} has another run, with {', '.join(differing)}: change --out")
+            raise ValueError(f"{out} has a run with {', '.join(differing)}; it goes on with these, "
+                             "another run needs another --out")
     elif any(out.glob("[!.]*")):
         raise ValueError(f"{out} is no run folder: choose another --out")
     return read_json(out / "record.json", {})

@@ -913,7 +913,7 @@ def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path,
     out = capsys.readouterr().out
     assert "is finished" in out and "89.94%" in out and "14/14" not in out
     assert main(command(finished, "movement", "--lr", "2e-3")) == 2
-    assert "another run, with lr 0.003: " in capsys.readouterr().err
+    assert "has a run with lr 0.003; it goes on with these, another" in capsys.readouterr().err
     assert (finished / "record.json").stat().st_mtime_ns == before
 
 
@@ -1170,8 +1170,8 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
     other[-300] += 1  # of the pooler's bias; the last 204 bytes are the classifier's
     for path, damaged, sentence in (
             (state, state.read_bytes()[:-100], f"error: {state} is damaged: delete {out}\n"),
-            (train, train.read_bytes()[:-2] + b"0\n", "another run, with train_sha256 "),
-            (weights, other, "another run, with weights_sha256 "),
+            (train, train.read_bytes()[:-2] + b"0\n", "has a run with train_sha256 "),
+            (weights, other, "has a run with weights_sha256 "),
             (config, config.read_bytes().replace(b"0.1", b"0.2"), "with weights_sha256 ")):
         content = path.read_bytes()
         path.write_bytes(damaged)
@@ -1352,7 +1352,7 @@ def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypa
 @pytest.mark.parametrize("name, content, sentence", [
     ("run", b"mine", "File exists: "), ("run/thesis.tex", b"mine", "run is no run folder"),
     ("run/config.json", b"[", "config.json: damaged, not a JSON file"),
-    ("run/config.json", b'{"hidden_size": 16}', "run has another run, with task None")])
+    ("run/config.json", b'{"hidden_size": 16}', "run has a run with task None")])
 def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, command, tmp_path,
                                                       capsys):
     """Nothing in it has changed, and nothing is new."""
