@@ -494,7 +494,7 @@ def save_safetensors(tensors, path):
 def read_json(path, default=None):
     """The object in a JSON file, or a `default` if there is none. ValueError, naming the file, if
     it is no such file."""
-    if default is not None and not path.exists():
+    if default is not None and not Path(path).exists():
         return default
     try:
         found = json.loads(Path(path).read_bytes())

@@ -396,7 +396,6 @@ SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 END_OF_LINE = "\r" if sys.stdout.isatty() else "\n"  # on a terminal the step line is rewritten
 TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs
-EPOCH_DEV_EXAMPLES = 2000  # the dev score after an epoch is on the first so many
 
 
 def stages(args):
@@ -468,6 +467,7 @@ def train(run, model, data, ancestors=None, dev=None):
     if processes() > 1:
         replica = DistributedDataParallel(model, broadcast_buffers=False)  # masks are the same
     masked = ancestors is not None and args.method != "structured"
+    parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     model.train()
@@ -499,7 +499,7 @@ def train(run, model, data, ancestors=None, dev=None):
                 shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
@@ -527,12 +527,12 @@ def train(run, model, data, ancestors=None, dev=None):
 
 def after_epoch(run, model, data, ancestors, dev, entry):
     """A snapshot after an epoch of pruning, but not after the last one, and in CAP-f only at the
-    end of a stage; and a dev score. entry: the epoch's last one in the log."""
+    end of a stage; and a score on 2,000 rows of `dev`. entry: the epoch's last one in the log."""
     args, epochs = run.args, run.args.epochs * len(stages(run.args))
     ends_stage = args.method != "structured" or run.epoch % args.epochs == 0
     if "snc" in ancestors.banks and ends_stage and run.epoch < epochs:
         add_snapshot(run, model, data, ancestors)
-    scores = evaluate(model, args.task, {"dev": dev.head(EPOCH_DEV_EXAMPLES)}, args.dtype)
+    scores = evaluate(model, args.task, {"dev": dev.head(2000)}, args.dtype)
     say(f"epoch {run.epoch}/{epochs}, dev: {show_scores(scores)}")
     run.log(step=entry["step"], epoch=entry["epoch"], kept=entry["kept"], dev=scores)
 
@@ -1062,8 +1062,8 @@ def label_order(labels, words):
         return list(range(max(1, len(words))))
     outputs = {}
     for output, label in labels.items():
+        label = label.lower()
         for i, word in enumerate(words):
-            label = label.lower()
             if word.lower().startswith(label) or label in (str(i), f"label_{i}"):
                 outputs[word] = output
     return [outputs.get(word) for word in words]

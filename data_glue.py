@@ -90,7 +90,7 @@ def load(task, split, data_dir=None):
         return read_examples(known, root / path)
     except (zipfile.BadZipFile, FileNotFoundError):
         where = data_dir or cache_folder() / "glue"
-        raise FileNotFoundError(f"{path} is not in {where}, or damaged") from None
+        raise FileNotFoundError(f"{path} is not in {where}, or damaged: see --data-dir") from None
 
 
 def read_examples(task, path):
@@ -195,7 +195,7 @@ def glue_root(task):
         return Path(__file__).parent
     name = TASKS[task].archive
     if name is None:
-        raise FileNotFoundError
+        raise FileNotFoundError  # which `load` tells in words
     packed = download(f"{GLUE_URL}/{name}", cache_folder() / "glue" / name, SHA256[name])
     return zipfile.Path(packed)
 

@@ -525,10 +525,12 @@ def test_importance_is_the_gradient_of_a_mask(vocab, tmp_path, monkeypatch):
             total += gradient.abs()
     assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
     assert torch.allclose(neurons[1].double(), wanted[1], rtol=1e-4) and wanted[1].min() > 0
-    both = [("processes", lambda: 2), ("gather", lambda rows, size: rows),
-            ("summed", lambda grad: 6 * grad), ("inputs", lambda batch: [
-                tensor.repeat_interleave(2, 0) for tensor in data_glue.inputs(batch)])]
-    for name, fake in both:
+
+    def twice(batch):  # of which every second row is the batch
+        return [tensor.repeat_interleave(2, 0) for tensor in data_glue.inputs(batch)]
+
+    for name, fake in (("processes", lambda: 2), ("inputs", twice),
+                       ("gather", lambda rows, size: rows), ("summed", lambda grad: 6 * grad)):
         monkeypatch.setattr(cap_min, name, fake)
     again, _ = cap_min.importance(run, model, data, ancestors)
     assert torch.allclose(again[1], 3 * heads[1], rtol=1e-4)

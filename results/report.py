@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "results")]
 from bert_min import read_json  # noqa: E402
 from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
-from studies import paired, spread  # noqa: E402
+from studies import by_score, paired, spread  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "bench" / "README.md"]
 
@@ -344,7 +344,7 @@ def geometry_table():
                   "gradient, K = 1", "K = 9"], rows)
 
 
-FORMS = {  # what the records of a folder are called: their row
+FORM_NAMES = {  # what the records of a folder are called: their row
     "kd": "movement + KD", "cap": "CAP as published", "supcon-s0.03": "CAP, supcon, w_s 0.03",
     "supcon-s0.1": "CAP, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP, supcon, w_s 0.3, w_u 0",
     "supcon-s1": "CAP, supcon, w_s 1", "mean-off": "CAP, ancestors' mean off",
@@ -355,26 +355,21 @@ FORMS = {  # what the records of a folder are called: their row
 
 
 def forms_table(folder):
-    """One row for each of FORMS that has records in a folder of results/, TASK-FORM-seedN.json: its
-    score, and what it has more than the first one, for each score of each task. AssertionError
-    unless the runs of a task and seed share rows, source and teacher."""
-    columns, common = {}, {}  # {(task, metric): {form: {seed: score}}}
+    """One row for each of FORM_NAMES that has records in a folder of results/,
+    TASK-FORM-seedN.json: its score, and what it has more than the first one, for each score of each
+    task. AssertionError unless the runs of a task and seed share rows, source and teacher."""
+    records, common = {}, {}
     for path in sorted((HERE / folder).glob("*.json")):
-        task, form = re.fullmatch(r"(\w+?)-(.+)-seed\d", path.stem).groups()
-        record = read_json(path)
-        facts = setting(record)[1:]
-        assert common.setdefault((task, record["seed"]), facts) == facts, f"{path}: not as others"
-        for metric, score in record["pruned"].items():
-            scores = columns.setdefault((task, metric), {}).setdefault(form, {})
-            scores[record["seed"]] = 100 * score
-    rows = []
-    for form, name in FORMS.items():
+        record = records[path.stem] = read_json(path)
+        place, facts = (record["config"]["task"], record["seed"]), setting(record)[1:]
+        assert common.setdefault(place, facts) == facts, f"{path}: not as others"
+    columns, rows = by_score(records), []
+    for form, name in FORM_NAMES.items():
         row = [name]
-        for scores in columns.values():
-            cells = ["", ""]
-            if form in scores:
-                cells = [spread(scores[form].values()), paired(scores[form], scores["kd"])]
-            row += cells if form != "kd" else [cells[0], ""]
+        for (task, _), scores in columns.items():
+            ours = scores.get(f"{task}-{form}")
+            row.append(spread(ours.values()) if ours else "")
+            row.append(paired(ours, scores[f"{task}-kd"]) if ours and form != "kd" else "")
         if any(row[1:]):
             rows.append(row)
     head = ["held-out rows, %"]

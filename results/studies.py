@@ -63,16 +63,8 @@ def write_table(records, path):
     """Write and print a table of {run: record}: of each task's scores, in percent, mean and
     standard deviation over the runs that differ in nothing but "-seedN" at the end of their names,
     and what they have more than the first ones, with its standard error, over the seeds of both."""
-    # {(task, metric): {run: {seed: score}}}
-    tables = {}
-    for name, record in records.items():
-        run = re.sub(r"-seed\d+$", "", name)
-        for metric, value in record["pruned"].items():
-            table = tables.setdefault((record["config"]["task"], metric), {})
-            table.setdefault(run, {})[record["seed"]] = 100 * value
-    # a row for each run
     lines = ["| task | dev score | run | n | % | minus the first |", "|---|---|---|---|---|---|"]
-    for (task, metric), table in tables.items():
+    for (task, metric), table in by_score(records).items():
         first = next(iter(table.values()))
         for run, scores in table.items():
             difference = "" if scores is first else paired(scores, first)
@@ -81,6 +73,17 @@ def write_table(records, path):
     with replacing(path) as file:
         file.write("\n".join([*lines, ""]).encode())
     print("", *lines, f"see {path}", sep="\n", flush=True)
+
+
+def by_score(records):
+    """{(task, metric): {run: {seed: score}}} of {run + "-seedN": record}, in percent."""
+    tables = {}
+    for name, record in records.items():
+        run = re.sub(r"-seed\d+$", "", name)
+        for metric, value in record["pruned"].items():
+            table = tables.setdefault((record["config"]["task"], metric), {})
+            table.setdefault(run, {})[record["seed"]] = 100 * value
+    return tables
 
 
 def spread(values):

@@ -57,8 +57,9 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     for form, scores in (("kd", (0.5, 0.6)), ("cap", (0.9, 0.8))):
         for seed, score in enumerate(scores):
-            record = {"config": {}, "train_sha256": "a", "source_sha256": "b", "seed": seed,
-                      "dense": {"accuracy": 1 - seed / 10}, "pruned": {"accuracy": score}}
+            record = {"config": {"task": "sst2"}, "train_sha256": "a", "source_sha256": "b",
+                      "seed": seed, "dense": {"accuracy": 1 - seed / 10},
+                      "pruned": {"accuracy": score}}
             (tmp_path / f"sst2-{form}-seed{seed}.json").write_text(json.dumps(record))
     head, _, *rows = report.forms_table(".").splitlines()
     assert "| sst2, accuracy | minus the first |" in head
@@ -74,7 +75,7 @@ def test_every_record_of_a_form_is_in_a_table():
     for folder in ("selection", "criterion"):
         names = {path.stem.partition("-")[2].rpartition("-")[0]
                  for path in (HERE / folder).glob("*.json")}
-        assert names <= set(report.FORMS)
+        assert names <= set(report.FORM_NAMES)
 
 
 def test_pages_are_current():
