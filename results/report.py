@@ -458,7 +458,7 @@ def equation_table():
 TABLES = {"demo": demo_table, "answer": answer_table, "epochs": epochs_table,
           "methods": methods_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
-          "criterion": lambda: forms_table("criterion"), "throughput": throughput_table,
+          "other-forms": lambda: forms_table("other-forms"), "throughput": throughput_table,
           "latency": latency_table, "equations": equation_table}
 
 
