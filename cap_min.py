@@ -927,9 +927,9 @@ FLAGS = {
     "what": [
         ("--task", "demo", TASKS, "GLUE task, snli, or demo/'s small world with its own model"),
         ("--sparsity", 0.97, fraction, "fraction of encoder weights to prune"),
-        ("--method", "movement", ("movement", "soft", "magnitude", "structured"),
-         "top-k of trained scores (CAP-m), scores over a threshold (CAP-soft), top-k of |W|, or "
-         "removal of heads and neurons in stages of 10 %% (CAP-f), with defaults of its own"),
+        ("--method", "soft", ("soft", "movement", "magnitude", "structured"),
+         "one threshold for all scores (CAP-soft), top-k of them in each matrix (CAP-m), top-k of "
+         "|W|, removal of heads and neurons in stages of 10 %% (CAP-f), with defaults of its own"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
         ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is made first"),
         ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
@@ -991,7 +991,7 @@ def parse(argv):
     # the run folder is named by what tells runs apart
     if args.out is None:
         name = f"{args.task}-{args.sparsity:g}"
-        if args.method != "movement":
+        if args.method != "soft":
             name += f"-{args.method}"
         for term in args.without:
             name += f"-no-{term}"

@@ -46,8 +46,9 @@ from data_glue import (  # noqa: E402
 
 def settle(options, folder):
     """(args of cap_min for a run in `folder`, its device)."""
-    args = cap_min.parse(["--task", options.task, "--epochs", str(options.epochs), "--lr", "2e-4",
-                          "--device", options.device, "--dtype", options.dtype, "--out", folder])
+    args = cap_min.parse(["--task", options.task, "--method", "movement", "--lr", "2e-4", "--out",
+                          folder, "--epochs", str(options.epochs), "--device", options.device,
+                          "--dtype", options.dtype])
     device = cap_min.choose_device(args)
     cap_min.settle_schedule(args, options.rows)
     return args, device

@@ -29,8 +29,8 @@ TITLES = {"prc": "PrC", "snc": "SnC", "fic": "FiC", "ce": "cross-entropy", "kd":
 def prepare(folder):
     """Everything that is there before the step: (args, rows, data, masked model, ancestors). The
     teacher has seen the rows three times, the model once, with all its weights."""
-    args = cap_min.parse(["--device", "cpu", "--dtype", "fp32", "--epochs", "2", "--sparsity", "0",
-                          "--out", folder])
+    args = cap_min.parse(["--method", "movement", "--device", "cpu", "--dtype", "fp32", "--epochs",
+                          "2", "--sparsity", "0", "--out", folder])
     device = cap_min.choose_device(args)
     torch.manual_seed(0)
     rows = load("demo", "train")[:ROWS]

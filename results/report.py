@@ -74,17 +74,38 @@ def table(head, rows):
 
 DEMO_MODELS = {
     "dense": "dense (the teacher)", "magnitude": "magnitude", "movement": "movement",
-    "movement-kd": "movement + KD", "cap": "CAP", "cap-no-prc": "CAP without PrC",
-    "cap-no-snc": "CAP without SnC", "cap-no-fic": "CAP without FiC"}
+    "movement-kd": "movement + KD", "cap": "CAP-m", "cap-no-prc": "CAP-m without PrC",
+    "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
 
 
-def demo_floor(split):
-    """Accuracy of a rule that knows no animal, in percent."""
-    return 100 * right_without_facts(load("demo", split))
+def demo_floors():
+    """Accuracy of a rule that knows no animal on either dev set, in percent."""
+    return [f"{100 * right_without_facts(load('demo', split)):.1f}"
+            for split in ("dev", "dev_unseen")]
+
+
+ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
+WITHOUT_CONTRAST = {"cap": "kd", "cap-soft": "soft-kd"}
 
 
 def demo_table():
-    """One row for each model: mean and standard deviation over the seeds, and what CAP has more."""
+    """One row for each of ARMS: mean and standard deviation over the seeds, and what the contrast
+    adds."""
+    found, rows = scores_in("demo-arms").values(), []
+    for arm, name in {"demo-dense": "dense (the teacher)", **ARMS}.items():
+        row = [name] + [spread(scores[arm].values()) for scores in found]
+        for scores in found:
+            other = WITHOUT_CONTRAST.get(arm)
+            row.append(difference(scores[arm], scores[other]) if other else "")
+        rows.append(row)
+    rows.append(["a rule that knows no animal", *demo_floors(), "", ""])
+    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
+                  "contrast adds: seen", "only pre-training"], rows)
+
+
+def ablation_table():
+    """One row for each of DEMO_MODELS: mean and standard deviation over the seeds, and what CAP-m
+    has more."""
     found = comparison("demo/")
     rows = []
     for method, name in DEMO_MODELS.items():
@@ -96,10 +117,8 @@ def demo_table():
         if method == "cap":
             differences = ["", ""]
         rows.append([name, *scores, *differences])
-    floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
-    rows.append(["a rule that knows no animal", *floor, "", ""])
     head = [f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
-            "known only from pre-training", "CAP minus this: seen", "only pre-training"]
+            "known only from pre-training", "CAP-m minus this: seen", "only pre-training"]
     return table(head, rows)
 
 
@@ -116,7 +135,7 @@ def draw_demo():
             axis.plot([i + shift] * len(values), values, "o", color=color, alpha=0.5, label=label)
             axis.hlines(statistics.mean(values), i + shift - 0.14, i + shift + 0.14, color)
             label = None  # one entry of the legend is enough
-    axis.axhline(demo_floor("dev_unseen"), color="#7f7f7f", ls=":",
+    axis.axhline(float(demo_floors()[1]), color="#7f7f7f", ls=":",
                  label="a rule that knows no animal")
     names = [name.replace(" ", "\n", 1) for name in DEMO_MODELS.values()]
     axis.set_xticks(range(len(names)), names, fontsize=8)
@@ -161,9 +180,6 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
-ARMS = {"kd": "movement + KD", "cap": "CAP", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
-
-
 def answer_table():
     """One row for each score of a task: the teacher and ARMS, mean and standard deviation; what the
     contrast adds to either criterion, and CAP-soft's criterion to KD, paired by seed."""
@@ -174,11 +190,11 @@ def answer_table():
             scores = {arm: percents(found[arm], metric) for arm in found}
             row = [f"{task}, {metric}"]
             row += [spread(scores[arm].values()) for arm in ("dense", *ARMS)]
-            for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd"), ("soft-kd", "kd")):
+            for arm, other in (WITHOUT_CONTRAST | {"soft-kd": "kd"}).items():
                 row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table([f"dev score, %, {len(found['dense'])} seeds", "dense (the teacher)",
-                  *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD",
+                  *ARMS.values(), "CAP-m - movement + KD", "CAP-soft - soft + KD",
                   "soft - movement, both + KD"], rows)
 
 
@@ -186,21 +202,6 @@ def pruning_log(arm):
     """Entries of the pruning phase in the log of MNLI's first run."""
     lines = (HERE / "answer" / f"mnli-{arm}-seed0.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry for entry in map(json.loads, lines) if entry["phase"] == "prune"]
-
-
-def epochs_table():
-    """One row for each of ARMS: dev score after each epoch, and who steered the encoder."""
-    rows = []
-    for arm, name in ARMS.items():
-        entries, means = pruning_log(arm), []
-        scores = [f"{100 * entry['dev']['accuracy']:.1f} ({entry['kept']:.0%})"
-                  for entry in entries if "dev" in entry]
-        shares = [entry["gradient_share"] for entry in entries if "gradient_share" in entry]
-        for term in shares[-1]:
-            means.append(f"{term} {statistics.mean(share.get(term, 0) for share in shares):.2f}")
-        rows.append([name, ", ".join(scores), ", ".join(means)])
-    return table(["MNLI, seed 0", "dev score after each epoch (weights kept)",
-                  "mean gradient share"], rows)
 
 
 def draw_epochs():
@@ -313,11 +314,11 @@ def probe_table():
             row = [pruned_for, f"{task}, {metric}", f"{scores['rows']:,}",
                    f"{scores['pretrained']:.1f}"]
             row += [spread(scores[arm].values()) for arm in ARMS]
-            for arm, other in (("cap", "kd"), ("cap-soft", "soft-kd")):
+            for arm, other in WITHOUT_CONTRAST.items():
                 row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
-                  *ARMS.values(), "CAP - movement + KD", "CAP-soft - soft + KD"], rows)
+                  *ARMS.values(), "CAP-m - movement + KD", "CAP-soft - soft + KD"], rows)
 
 
 def geometry_records():
@@ -345,25 +346,35 @@ def geometry_table():
 
 
 FORM_NAMES = {  # what the records of a folder are called: their row
-    "kd": "movement + KD", "cap": "CAP as published", "supcon-s0.03": "CAP, supcon, w_s 0.03",
-    "supcon-s0.1": "CAP, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP, supcon, w_s 0.3, w_u 0",
-    "supcon-s1": "CAP, supcon, w_s 1", "mean-off": "CAP, ancestors' mean off",
-    "once-pruned": "CAP, contrast once pruning begins", "snc-times-k": "CAP, SnC times K",
-    "weights-only": "CAP, contrast trains weights alone", "one-topk-kd": "one top-k + KD",
+    "kd": "movement + KD", "cap": "CAP-m", "supcon-s0.03": "CAP-m, supcon, w_s 0.03",
+    "supcon-s0.1": "CAP-m, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP-m, supcon, w_s 0.3, w_u 0",
+    "supcon-s1": "CAP-m, supcon, w_s 1", "mean-off": "CAP-m, ancestors' mean off",
+    "once-pruned": "CAP-m, contrast once pruning begins", "snc-times-k": "CAP-m, SnC times K",
+    "weights-only": "CAP-m, contrast trains weights alone",
+    "temperature-0.05": "CAP-m, temperature 0.05", "one-topk-kd": "one top-k + KD",
     "smp-s-kd": "SMP-S + KD", "soft-kd": "soft + KD", "cap-soft": "CAP-soft",
-    "soft-weights-only": "CAP-soft, contrast trains weights alone"}
+    "soft-weights-only": "CAP-soft, contrast trains weights alone",
+    "soft-once-pruned": "CAP-soft, contrast once pruning begins"}
+
+
+def scores_in(folder):
+    """`by_score` of the records in a folder of results/, and of their teachers, TASK-dense.
+    AssertionError unless the runs of a task and seed share rows, source and teacher."""
+    records, common = {}, {}
+    for path in sorted((HERE / folder).glob("*.json")):
+        record = records[path.stem] = read_json(path)
+        teacher = f"{record['config']['task']}-dense-seed{record['seed']}"
+        records[teacher] = record | {"pruned": record["dense"]}
+        facts = setting(record)[1:]
+        assert common.setdefault(teacher, facts) == facts, f"{path}: not as others"
+    return by_score(records)
 
 
 def forms_table(folder):
     """One row for each of FORM_NAMES that has records in a folder of results/,
     TASK-FORM-seedN.json: its score, and what it has more than the first one, for each score of each
-    task. AssertionError unless the runs of a task and seed share rows, source and teacher."""
-    records, common = {}, {}
-    for path in sorted((HERE / folder).glob("*.json")):
-        record = records[path.stem] = read_json(path)
-        place, facts = (record["config"]["task"], record["seed"]), setting(record)[1:]
-        assert common.setdefault(place, facts) == facts, f"{path}: not as others"
-    columns, rows = by_score(records), []
+    task."""
+    columns, rows = scores_in(folder), []
     for form, name in FORM_NAMES.items():
         row = [name]
         for (task, _), scores in columns.items():
@@ -455,8 +466,8 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "answer": answer_table, "epochs": epochs_table,
-          "methods": methods_table, "probes": probe_table, "geometry": geometry_table,
+TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
+          "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"), "throughput": throughput_table,
           "latency": latency_table, "equations": equation_table}

@@ -120,7 +120,7 @@ def compare(args, seeds):
     """Every run of COMPARED with so many seeds from args.seed on, each seed's with the teacher of
     its first run; in the table, compare.md, the teachers are the row "dense". ValueError if the
     method or the terms are given."""
-    if args.without or args.method != "movement":
+    if args.without or args.method != "soft":
         raise ValueError("compare sets --method and --without itself")
     records, dense = {}, {}
     for seed in range(args.seed, args.seed + seeds):

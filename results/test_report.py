@@ -64,7 +64,7 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
     head, _, *rows = report.forms_table(".").splitlines()
     assert "| sst2, accuracy | minus the first |" in head
     assert rows == ["| movement + KD | 55.0 ± 7.1 |  |",
-                    "| CAP as published | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
+                    "| CAP-m | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
     (tmp_path / "sst2-cap-seed1.json").write_text(json.dumps(record | {"dense": {"accuracy": 1}}))
     with pytest.raises(AssertionError, match="seed1.json: not as others"):
         report.forms_table(".")
