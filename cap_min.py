@@ -128,8 +128,8 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Mask(nn.Module):
-    """The mask of a weight matrix: as its parametrization it makes `layer.weight` W' = W * M. M is
-    the top-k of trainable `scores`, which start at 0 (score_init "zero", as published) or at
+    """The mask of a weight matrix: as its parametrization it makes `layer.weight` W' = W * M. M has
+    the best of trainable `scores`, which start at 0 (score_init "zero", as published) or at
     |W| / std(W) ("magnitude"): short runs end before scores from 0 have learnt what matters.
     "none": magnitude pruning, where |W| is the score."""
 
@@ -354,7 +354,7 @@ def distillation_loss(logits, teacher_logits, temperature=2.0):
 
 
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
-    """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}; their sum is the loss.
+    """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}: all but CAP-soft's own.
     extra: rows; K ancestors use the first args.extra // K, so that all give as many candidates."""
     # what the labels and the teacher say
     index, labels = batch["index"], ancestors.labels
@@ -547,7 +547,7 @@ def check_finite(named, step):
 def step_line(entry, terms, device):
     """An entry of the log as the middle columns of the step line."""
     losses = " ".join(f"{name} {value:.2f}" for name, value in terms.items())
-    return (f"{entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | {entry['lr']:.1e} | "
+    return (f"{entry['kept']:.1%} | {entry['loss']:.2f} = {losses} | {entry['lr']:.0e} | "
             f"{entry['ms']:.0f}, {entry['examples_per_second']:.0f}, "
             f"{peak_memory(device) / 1e9:.1f}")
 

@@ -1,10 +1,11 @@
 """Encoders of pruned models, small enough to come back from a GPU machine: the values that are
 left, without the embeddings, which are those of the pre-trained model.
 
-Run:  python .ci/encoders.py pack GRID OUT           OUT/encoders-N.tar, 12 runs each, of the first
-          48 runs that ended in GRID, the folder of studies.py grid
-      python .ci/encoders.py unpack GRID MODEL TAR   GRID/work/NAME for each run in TAR, with what
-          studies.py probe needs"""
+Run:  python .ci/encoders.py pack GRID OUT           OUT/encoders-N.tar, at most 4 of 15 MB, of runs
+          that ended in GRID, the folder of studies.py grid
+      python .ci/encoders.py unpack GRID MODEL TAR   GRID/work/NAME for each run in TAR, for
+          studies.py probe --encoders pruned pretrained; MODEL: the checkpoint that was pruned
+CAP-f's models are not taken: they have other sizes."""
 
 import json
 import sys
@@ -23,18 +24,28 @@ from data_glue import TASKS, load_tokenizer  # noqa: E402
 
 
 def pack(grid, out):
-    """A tar is written once its runs have ended, the last one each time."""
-    records = sorted(grid.glob("*.json"), key=lambda path: path.stat().st_mtime)[:48]
-    for first in range(0, len(records), 12):
-        path = out / f"encoders-{first // 12}.tar"
-        if path.exists() and first + 12 < len(records):
+    """Those that ended first come first; what was packed before lies in GRID/packed."""
+    (grid / "packed").mkdir(exist_ok=True)
+    tars, size = [[]], 0
+    for record in sorted(grid.glob("*.json"), key=lambda path: path.stat().st_mtime):
+        path = grid / "packed" / f"{record.stem}.npz"
+        if read_json(record)["config"]["method"] == "structured":
             continue
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for record in records[first:first + 12]:
-                packed = packed_weights(grid / "work" / record.stem / "model")
-                entry = tarfile.TarInfo(f"{record.stem}.npz")
-                entry.size = len(packed)
-                tar.addfile(entry, BytesIO(packed))
+        if not path.exists():
+            with replacing(path) as file:
+                file.write(packed_weights(grid / "work" / record.stem / "model"))
+        size += path.stat().st_size + 1024
+        if size > 15e6:
+            tars.append([])
+            size = path.stat().st_size + 1024
+        tars[-1].append(path)
+    for i, paths in enumerate(tars[:4]):
+        with replacing(out / f"encoders-{i}.tar") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for path in paths:
+                    tar.add(path, path.name)
+    if tars[4:]:
+        print(f"{sum(map(len, tars[4:]))} encoders are left out")
 
 
 def packed_weights(folder):
@@ -51,12 +62,15 @@ def packed_weights(folder):
 
 
 def unpack(grid, model_folder, tar):
-    for entry in tarfile.open(tar):
-        name = Path(entry.name).stem
-        arrays = np.load(BytesIO(tarfile.open(tar).extractfile(entry).read()))
+    (grid / "packed").mkdir(exist_ok=True)
+    with tarfile.open(tar) as packed:
+        packed.extractall(grid / "packed", filter="data")
+        names = [Path(name).stem for name in packed.getnames()]
+    for name in names:
+        arrays = np.load(grid / "packed" / f"{name}.npz")
         record = read_json(grid / f"{name}.json")
         task = record["config"]["task"]
-        model = from_pretrained(model_folder, num_labels=len(TASKS[task].words))
+        model = from_pretrained(model_folder, num_labels=max(1, len(TASKS[task].words)))
         with torch.no_grad():
             for key, tensor in model.state_dict().items():
                 if f"{key} mask" in arrays:
@@ -64,12 +78,12 @@ def unpack(grid, model_folder, tar):
                     values = np.zeros(tensor.numel(), np.float32)
                     values[left] = arrays[f"{key} values"]
                     tensor.copy_(torch.from_numpy(values).view_as(tensor))
+        assert cap_min.sparsity_report(model)["kept"] == record["sparsity"]["kept"], name
         run = grid / "work" / name
         (run / "model").mkdir(parents=True, exist_ok=True)
         cap_min.export(model, load_tokenizer(model_folder), task, run / "model")
         record["config"]["model"] = model_folder
         (run / "record.json").write_text(json.dumps(record))
-        assert cap_min.sparsity_report(model)["kept"] == record["sparsity"]["kept"], name
 
 
 if __name__ == "__main__":

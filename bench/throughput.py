@@ -6,8 +6,8 @@ Run:   pip install -r bench/requirements.txt
        python bench/throughput.py --model base --tasks sst2 --device cuda
 Sides: "transformers" BertForSequenceClassification with sdpa attention, all weights, fused AdamW
        "dense"        bert_min by cap_min.train, embeddings frozen
-       "prune"        cap_min's pruning phase with all terms, everything counted: both banks, masks,
-                      losses, a snapshot and a dev score after each epoch
+       "prune"        cap_min's pruning phase, CAP-m with all terms, everything counted: both banks,
+                      masks, losses, a snapshot and a dev score after each epoch
 All have the same bucketed batches, number type and clipping. Each side of each repeat is a process
 of its own, in turn, so that memory is counted apart and the machine's moods are shared; a figure is
 the median over the repeats."""

@@ -1,4 +1,4 @@
-"""Print demo/README.md: one training step of CAP on the demo, with every number computed here by
+"""Print demo/README.md: one training step of CAP-m on the demo, with every number computed here by
 the functions of cap_min.py, but for section 3, which does eq. (4) to (6) by hand for one anchor.
 The test in demo/test_demo.py keeps the file what this prints.
 
@@ -243,7 +243,7 @@ def walk():
         Now the model is to be trained with {100 * DENSITY:g} % of its weights. (A run prunes in
         small steps, and has dropout on.) Every number is printed by `python demo/walk.py`, and a
         test compares them.""")
-    sections = ["# One step of CAP, with its numbers", start,
+    sections = ["# One step of CAP-m, with its numbers", start,
                 f"    {show(rows[0])}\n    {show(rows[1])}", before, mask_section(mask, weight),
                 anchor_section(rows, q, ancestors.banks, index, extra),
                 positives_section(args, rows, data, q, ancestors.banks["prc"][0], index, extra),

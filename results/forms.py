@@ -100,17 +100,21 @@ FORMS = {  # name: {function of cap_min: what it is in this form}
     "snc-times-k": {"cap_terms": snc_times_k},
     "once-pruned": {"cap_terms": once_pruned, "cubic_density": watched_density},
     "weights-only": {"cap_terms": weights_only, "add_masks": known_masks},
-    "one-topk": {"set_masks": one_topk},
+    "one-topk": {"set_masks": one_topk},  # with --method movement
     "smp-s": {"set_soft_masks": by_mean_score},  # with --method soft
 }
 
 
 def parse(argv):
-    """cap_min's command line, in which --form may stand; its record tells of it."""
+    """cap_min's command line, in which --form may stand; its record tells of it. A form that would
+    change nothing with this --method is refused."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--form", nargs="+", choices=FORMS, default=[])
     given, rest = parser.parse_known_args(argv)
     args = published.parse(rest)
+    for form, method in (("one-topk", "movement"), ("smp-s", "soft")):
+        if form in given.form and args.method != method:
+            parser.error(f"--form {form} is one of --method {method}")
     if given.form:
         args.form = sorted(given.form)
         args.forms_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()

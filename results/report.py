@@ -30,14 +30,16 @@ PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "bench" / "R
 
 def comparison(prefix):
     """{method: [record of each seed]} of the files PREFIX + METHOD-seedN.json, and the teacher as
-    "dense". AssertionError unless the runs of a seed differ in nothing but the method."""
+    "dense". AssertionError unless the runs of a seed, of which CAP-m has all, differ in nothing but
+    the method."""
     found = {}
     for path in sorted(HERE.glob(f"{prefix}*-seed*.json")):
         name = path.relative_to(HERE).as_posix().removeprefix(prefix)
         found.setdefault(name.rpartition("-seed")[0], []).append(read_json(path))
+    settings = {record["seed"]: setting(record) for record in found["cap"]}
     for method, records in found.items():
-        for record, cap in zip(records, found["cap"], strict=True):
-            assert setting(record) == setting(cap), f"{prefix}{method}: another setting than CAP's"
+        for record in records:
+            assert setting(record) == settings[record["seed"]], f"{prefix}{method}: not as CAP-m's"
     found["dense"] = [{**record, "pruned": record["dense"]} for record in found["cap"]]
     return found
 
@@ -91,13 +93,16 @@ WITHOUT_CONTRAST = {"cap": "kd", "cap-soft": "soft-kd"}
 def demo_table():
     """One row for each of ARMS: mean and standard deviation over the seeds, and what the contrast
     adds."""
-    found, rows = scores_in("demo-arms").values(), []
-    for arm, name in {"demo-dense": "dense (the teacher)", **ARMS}.items():
-        row = [name] + [spread(scores[arm].values()) for scores in found]
-        for scores in found:
-            other = WITHOUT_CONTRAST.get(arm)
-            row.append(difference(scores[arm], scores[other]) if other else "")
-        rows.append(row)
+    found, rows = comparison("demo-arms/"), []
+    for arm, name in {"dense": "dense (the teacher)", **ARMS}.items():
+        scores, differences = [], []
+        for metric in ("accuracy", "accuracy_unseen"):
+            ours, gain = percents(found[arm], metric), ""
+            if arm in WITHOUT_CONTRAST:
+                gain = difference(ours, percents(found[WITHOUT_CONTRAST[arm]], metric))
+            scores.append(spread(ours.values()))
+            differences.append(gain)
+        rows.append([name, *scores, *differences])
     rows.append(["a rule that knows no animal", *demo_floors(), "", ""])
     return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
                   "contrast adds: seen", "only pre-training"], rows)
@@ -222,7 +227,7 @@ def draw_epochs():
     shares.stackplot([entry["step"] for entry in found],
                      [[entry["gradient_share"].get(term, 0) for entry in found] for term in terms],
                      labels=terms)
-    shares.set_xlabel("step of CAP")
+    shares.set_xlabel("step of CAP-m")
     shares.set_ylabel("share of the gradient")
     shares.legend(fontsize=8, loc="lower right")
     save(figure, "mnli.svg")
@@ -357,24 +362,16 @@ FORM_NAMES = {  # what the records of a folder are called: their row
     "soft-once-pruned": "CAP-soft, contrast once pruning begins"}
 
 
-def scores_in(folder):
-    """`by_score` of the records in a folder of results/, and of their teachers, TASK-dense.
-    AssertionError unless the runs of a task and seed share rows, source and teacher."""
-    records, common = {}, {}
-    for path in sorted((HERE / folder).glob("*.json")):
-        record = records[path.stem] = read_json(path)
-        teacher = f"{record['config']['task']}-dense-seed{record['seed']}"
-        records[teacher] = record | {"pruned": record["dense"]}
-        facts = setting(record)[1:]
-        assert common.setdefault(teacher, facts) == facts, f"{path}: not as others"
-    return by_score(records)
-
-
 def forms_table(folder):
     """One row for each of FORM_NAMES that has records in a folder of results/,
     TASK-FORM-seedN.json: its score, and what it has more than the first one, for each score of each
-    task."""
-    columns, rows = scores_in(folder), []
+    task. AssertionError unless the runs of a task and seed share rows, source and teacher."""
+    records, common = {}, {}
+    for path in sorted((HERE / folder).glob("*.json")):
+        record = records[path.stem] = read_json(path)
+        place, facts = (record["config"]["task"], record["seed"]), setting(record)[1:]
+        assert common.setdefault(place, facts) == facts, f"{path}: not as others"
+    columns, rows = by_score(records), []
     for form, name in FORM_NAMES.items():
         row = [name]
         for (task, _), scores in columns.items():
@@ -469,7 +466,8 @@ def equation_table():
 TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
-          "other-forms": lambda: forms_table("other-forms"), "throughput": throughput_table,
+          "other-forms": lambda: forms_table("other-forms"),
+          "criterion": lambda: forms_table("criterion"), "throughput": throughput_table,
           "latency": latency_table, "equations": equation_table}
 
 

@@ -2,7 +2,7 @@
 held-out rows to choose settings on, and models of fewer layers.
 
 Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_min.py]
-          CAP, its ablations and plain pruning on equal data and budget: OUT/compare.md
+          CAP-m, its ablations and plain pruning on equal data and budget: OUT/compare.md
       python results/studies.py probe RUN --task rte
           what the encoders of a finished run know of another task: RUN/probe_rte.json
       python results/studies.py geometry RUN
@@ -118,10 +118,7 @@ COMPARED = {  # run: (method, terms left out)
 
 def compare(args, seeds):
     """Every run of COMPARED with so many seeds from args.seed on, each seed's with the teacher of
-    its first run; in the table, compare.md, the teachers are the row "dense". ValueError if the
-    method or the terms are given."""
-    if args.without or args.method != "soft":
-        raise ValueError("compare sets --method and --without itself")
+    its first run; in the table, compare.md, the teachers are the row "dense"."""
     records, dense = {}, {}
     for seed in range(args.seed, args.seed + seeds):
         teacher = args.teacher
@@ -498,7 +495,7 @@ def main(argv=None):
     # three commands, of which compare hands on what it does not know
     parser = argparse.ArgumentParser(description="Studies made of several runs of cap_min.py.")
     studies = parser.add_subparsers(dest="study", required=True)
-    add = studies.add_parser("compare", allow_abbrev=False, help="CAP, its ablations, plain "
+    add = studies.add_parser("compare", allow_abbrev=False, help="CAP-m, its ablations, plain "
                              "pruning; takes all options of cap_min.py too").add_argument
     add("--seeds", type=cap_min.number(int, 1), default=1, help="how many, from --seed on")
     add("--out", type=Path, help="folder; None: runs/TASK-SPARSITY-compare")
@@ -534,6 +531,8 @@ def main(argv=None):
     cap_min.tune_cpu()
     try:
         if args.study == "compare":
+            if {"--method", "--without"} & {option.partition("=")[0] for option in rest}:
+                raise ValueError("compare sets --method and --without itself")
             run_args = cap_min.parse(rest)
             run_args.out = args.out
             if args.out is None:

@@ -47,7 +47,7 @@ def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path
         assert list(found) == ["cap", "other", "dense"]
         assert found["dense"][0]["pruned"] == record["dense"]
     else:
-        with pytest.raises(AssertionError, match="x-other: another setting"):
+        with pytest.raises(AssertionError, match="x-other: not as CAP-m's"):
             report.comparison("x-")
 
 
@@ -72,7 +72,7 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
 
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows."""
-    for folder in ("selection", "other-forms"):
+    for folder in ("selection", "other-forms", "criterion"):
         names = {path.stem.partition("-")[2].rpartition("-")[0]
                  for path in (HERE / folder).glob("*.json")}
         assert names <= set(report.FORM_NAMES)
