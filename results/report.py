@@ -365,12 +365,16 @@ FORM_NAMES = {  # what the records of a folder are called: their row
 def forms_table(folder):
     """One row for each of FORM_NAMES that has records in a folder of results/,
     TASK-FORM-seedN.json: its score, and what it has more than the first one, for each score of each
-    task. AssertionError unless the runs of a task and seed share rows, source and teacher."""
+    task. AssertionError unless the runs of a task and seed share rows, source, teacher and what no
+    form changes."""
     records, common = {}, {}
     for path in sorted((HERE / folder).glob("*.json")):
         record = records[path.stem] = read_json(path)
-        place, facts = (record["config"]["task"], record["seed"]), setting(record)[1:]
-        assert common.setdefault(place, facts) == facts, f"{path}: not as others"
+        config = record["config"]
+        fixed = [config.get(name) for name in ("sparsity", "epochs", "batch_size", "lr", "dtype")]
+        facts = fixed, setting(record)[1:]
+        assert common.setdefault((config["task"], record["seed"]), facts) == facts, (
+            f"{path}: not as others")
     columns, rows = by_score(records), []
     for form, name in FORM_NAMES.items():
         row = [name]

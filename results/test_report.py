@@ -53,7 +53,7 @@ def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path
 
 def test_forms_share_their_teacher(tmp_path, monkeypatch):
     """Of CAP's 0.9 and 0.8 over KD's 0.5 and 0.6 the differences are 40 and 20, mean 30, standard
-    error 10. A run of the same task and seed with another teacher is refused."""
+    error 10. A run of the same task and seed with another teacher or other epochs is refused."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     for form, scores in (("kd", (0.5, 0.6)), ("cap", (0.9, 0.8))):
         for seed, score in enumerate(scores):
@@ -65,9 +65,10 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
     assert "| sst2, accuracy | minus the first |" in head
     assert rows == ["| movement + KD | 55.0 ± 7.1 |  |",
                     "| CAP-m | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
-    (tmp_path / "sst2-cap-seed1.json").write_text(json.dumps(record | {"dense": {"accuracy": 1}}))
-    with pytest.raises(AssertionError, match="seed1.json: not as others"):
-        report.forms_table(".")
+    for change in ({"dense": {"accuracy": 1}}, {"config": {"task": "sst2", "epochs": 3}}):
+        (tmp_path / "sst2-cap-seed1.json").write_text(json.dumps(record | change))
+        with pytest.raises(AssertionError, match="seed1.json: not as others"):
+            report.forms_table(".")
 
 
 def test_every_record_of_a_form_is_in_a_table():
