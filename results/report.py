@@ -103,7 +103,7 @@ def demo_table():
             scores.append(spread(ours.values()))
             differences.append(gain)
         rows.append([name, *scores, *differences])
-    rows.append(["a rule that knows no animal", *demo_floors(), "", ""])
+    rows.append(["the floor: a rule that knows no animal", *demo_floors(), "", ""])
     return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
                   "contrast adds: seen", "only pre-training"], rows)
 
@@ -199,8 +199,8 @@ def answer_table():
                 row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table([f"dev score, %, {len(found['dense'])} seeds", "dense (the teacher)",
-                  *ARMS.values(), "CAP-m - movement + KD", "CAP-soft - soft + KD",
-                  "soft - movement, both + KD"], rows)
+                  *ARMS.values(), "contrast adds, movement", "contrast adds, soft",
+                  "soft adds, + KD"], rows)
 
 
 def pruning_log(arm):
@@ -323,7 +323,7 @@ def probe_table():
                 row.append(difference(scores[arm], scores[other]))
             rows.append(row)
     return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
-                  *ARMS.values(), "CAP-m - movement + KD", "CAP-soft - soft + KD"], rows)
+                  *ARMS.values(), "contrast adds, movement", "contrast adds, soft"], rows)
 
 
 def geometry_records():
@@ -346,7 +346,7 @@ def geometry_table():
                      f"{found['best_loss']:.2f}", f"{found['best_cosine']:.2f}",
                      f"{official:.3f}", f"{supcon:.2f}", f"{first:.3f}", f"{last:.4f}"])
     return table(["bank", "mean cosine of two examples", "L^u now", "at best", "cosine of that to "
-                  "the ancestor", "gradient of w_s L^s over w_u L^u", "supcon, w_s = 1",
+                  "the ancestor", "gradient of w_s L^s over w_u L^u", "the same, supcon, w_s = 1",
                   "gradient, K = 1", "K = 9"], rows)
 
 
@@ -386,7 +386,7 @@ def forms_table(folder):
             rows.append(row)
     head = ["held-out rows, %"]
     for task, metric in columns:
-        head += [f"{task}, {metric}", "minus the first"]
+        head += [f"{task}, {metric}", "minus row 1"]
     return table(head, rows)
 
 

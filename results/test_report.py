@@ -62,7 +62,7 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
                       "pruned": {"accuracy": score}}
             (tmp_path / f"sst2-{form}-seed{seed}.json").write_text(json.dumps(record))
     head, _, *rows = report.forms_table(".").splitlines()
-    assert "| sst2, accuracy | minus the first |" in head
+    assert "| sst2, accuracy | minus row 1 |" in head
     assert rows == ["| movement + KD | 55.0 ± 7.1 |  |",
                     "| CAP-m | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
     for change in ({"dense": {"accuracy": 1}}, {"config": {"task": "sst2", "epochs": 3}}):
