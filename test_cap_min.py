@@ -893,6 +893,7 @@ def test_export_has_exactly_k_weights_and_is_transformers(method, whole, vocab, 
     for name, sparsity in record["sparsity"]["matrices"].items():
         kept.append(int((stored[name] != 0).sum()))
         assert kept[-1] == round((1 - sparsity) * stored[name].numel())
+    assert len(kept) == 12
     if method == "soft":
         assert sum(kept) == 410
     else:

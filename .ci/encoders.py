@@ -10,7 +10,6 @@ CAP-f's models are not taken: they have other sizes."""
 import json
 import sys
 import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,12 @@ def pack(grid, out):
             continue
         if not path.exists():
             with replacing(path) as file:
-                file.write(packed_weights(grid / "work" / record.stem / "model"))
-        size += path.stat().st_size + 1024
-        if size > 15e6:
+                np.savez_compressed(file, **packed_weights(grid / "work" / record.stem / "model"))
+        more = path.stat().st_size + 1024
+        if size + more > 15e6:
             tars.append([])
-            size = path.stat().st_size + 1024
+            size = 0
+        size += more
         tars[-1].append(path)
     for i, paths in enumerate(tars[:4]):
         with replacing(out / f"encoders-{i}.tar") as file:
@@ -49,16 +49,14 @@ def pack(grid, out):
 
 
 def packed_weights(folder):
-    """The bytes of an npz: of each tensor which values are not 0, as bits, and these values."""
+    """The arrays of an npz: of each tensor which values are not 0, as bits, and these values."""
     arrays = {}
     for name, tensor in load_safetensors(folder / "model.safetensors").items():
         if ".embeddings." not in name:
             values = tensor.numpy().ravel()
             arrays[f"{name} mask"] = np.packbits(values != 0)
             arrays[f"{name} values"] = values[values != 0]
-    file = BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
+    return arrays
 
 
 def unpack(grid, model_folder, tar):

@@ -100,9 +100,10 @@ FORMS = {  # name: {function of cap_min: what it is in this form}
     "snc-times-k": {"cap_terms": snc_times_k},
     "once-pruned": {"cap_terms": once_pruned, "cubic_density": watched_density},
     "weights-only": {"cap_terms": weights_only, "add_masks": known_masks},
-    "one-topk": {"set_masks": one_topk},  # with --method movement
-    "smp-s": {"set_soft_masks": by_mean_score},  # with --method soft
+    "one-topk": {"set_masks": one_topk},
+    "smp-s": {"set_soft_masks": by_mean_score},
 }
+METHOD_OF = {"one-topk": "movement", "smp-s": "soft"}  # with another one they change nothing
 
 
 def parse(argv):
@@ -112,8 +113,9 @@ def parse(argv):
     parser.add_argument("--form", nargs="+", choices=FORMS, default=[])
     given, rest = parser.parse_known_args(argv)
     args = published.parse(rest)
-    for form, method in (("one-topk", "movement"), ("smp-s", "soft")):
-        if form in given.form and args.method != method:
+    for form in given.form:
+        method = METHOD_OF.get(form, args.method)
+        if method != args.method:
             parser.error(f"--form {form} is one of --method {method}")
     if given.form:
         args.form = sorted(given.form)

@@ -80,51 +80,50 @@ DEMO_MODELS = {
     "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
 
 
-def demo_floors():
-    """Accuracy of a rule that knows no animal on either dev set, in percent."""
-    return [f"{100 * right_without_facts(load('demo', split)):.1f}"
-            for split in ("dev", "dev_unseen")]
-
-
 ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
 WITHOUT_CONTRAST = {"cap": "kd", "cap-soft": "soft-kd"}
 
 
-def demo_table():
-    """One row for each of ARMS: mean and standard deviation over the seeds, and what the contrast
-    adds."""
-    found, rows = comparison("demo-arms/"), []
-    for arm, name in {"dense": "dense (the teacher)", **ARMS}.items():
+def demo_floor(split):
+    """Accuracy of a rule that knows no animal, in percent."""
+    return 100 * right_without_facts(load("demo", split))
+
+
+def demo_rows(found, names, pairs):
+    """A row for each of names: mean and standard deviation on both dev sets, and, if it has a pair,
+    what the first of that has more than the second."""
+    rows = []
+    for method, name in names.items():
         scores, differences = [], []
         for metric in ("accuracy", "accuracy_unseen"):
-            ours, gain = percents(found[arm], metric), ""
-            if arm in WITHOUT_CONTRAST:
-                gain = difference(ours, percents(found[WITHOUT_CONTRAST[arm]], metric))
-            scores.append(spread(ours.values()))
-            differences.append(gain)
+            scores.append(spread(percents(found[method], metric).values()))
+            more = ""
+            if method in pairs:
+                ours, theirs = pairs[method]
+                more = difference(percents(found[ours], metric), percents(found[theirs], metric))
+            differences.append(more)
         rows.append([name, *scores, *differences])
-    rows.append(["the floor: a rule that knows no animal", *demo_floors(), "", ""])
-    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
-                  "contrast adds: seen", "only pre-training"], rows)
+    return rows
+
+
+def demo_table():
+    """One row for each of ARMS, and what the contrast adds."""
+    found = comparison("demo-arms/")
+    pairs = {arm: (arm, other) for arm, other in WITHOUT_CONTRAST.items()}
+    rows = demo_rows(found, {"dense": "dense (the teacher)", **ARMS}, pairs)
+    floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
+    rows.append(["the floor: a rule that knows no animal", *floor, "", ""])
+    return table([f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
+                  "known only from pre-training", "contrast adds: seen", "only pre-training"], rows)
 
 
 def ablation_table():
-    """One row for each of DEMO_MODELS: mean and standard deviation over the seeds, and what CAP-m
-    has more."""
+    """One row for each of DEMO_MODELS, and what CAP-m has more."""
     found = comparison("demo/")
-    rows = []
-    for method, name in DEMO_MODELS.items():
-        scores, differences = [], []
-        for metric in ("accuracy", "accuracy_unseen"):
-            ours, theirs = percents(found["cap"], metric), percents(found[method], metric)
-            scores.append(spread(theirs.values()))
-            differences.append(difference(ours, theirs))
-        if method == "cap":
-            differences = ["", ""]
-        rows.append([name, *scores, *differences])
+    pairs = {method: ("cap", method) for method in DEMO_MODELS if method != "cap"}
     head = [f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
             "known only from pre-training", "CAP-m minus this: seen", "only pre-training"]
-    return table(head, rows)
+    return table(head, demo_rows(found, DEMO_MODELS, pairs))
 
 
 def draw_demo():
@@ -140,7 +139,7 @@ def draw_demo():
             axis.plot([i + shift] * len(values), values, "o", color=color, alpha=0.5, label=label)
             axis.hlines(statistics.mean(values), i + shift - 0.14, i + shift + 0.14, color)
             label = None  # one entry of the legend is enough
-    axis.axhline(float(demo_floors()[1]), color="#7f7f7f", ls=":",
+    axis.axhline(demo_floor("dev_unseen"), color="#7f7f7f", ls=":",
                  label="a rule that knows no animal")
     names = [name.replace(" ", "\n", 1) for name in DEMO_MODELS.values()]
     axis.set_xticks(range(len(names)), names, fontsize=8)
