@@ -250,7 +250,7 @@ def walk():
                 loss_section(args, batch, pooled, logits, ancestors, extra)]
     sections.append(gradient_section(mask, weight, *gradients))
     sections.append(paragraph("""What the losses ask for beyond one step, here and on SST-2, is told
-        in [results](../results/README.md#what-the-losses-ask-for):"""))
+        in [results](../results/details.md#what-the-losses-ask-for):"""))
     sections.append("![Loss, best loss, and gradient by snapshots](../results/geometry.svg)")
     return "\n\n".join(sections) + "\n"
 

@@ -1,5 +1,5 @@
 """Forms of CAP that were tried beside those of cap_min.py, which has none of them: each changes one
-of its functions. results/README.md tells what came of them.
+of its functions. results/details.md tells what came of them.
 
 Run:  python results/forms.py --form snc-times-k [another] [options of cap_min.py]
 Lists of studies.py grid take --form too."""

@@ -1,12 +1,12 @@
-"""Write the tables of README.md, results/README.md and bench/README.md from the records in this
-folder, the code and the tests.
+"""Write the tables of README.md, bench/README.md and the pages in this folder from the records in
+it, the code and the tests.
 
-Run:  python results/report.py             rewrites the three pages in place
+Run:  python results/report.py             rewrites the pages in place
       python results/report.py --picture   draws the pictures too (needs matplotlib)
 
 In a page, what lies between `<!-- NAME -->` and `<!-- end -->` is made by the function
 TABLES[NAME].
-A record is the record.json of a run; results/README.md tells which file is which."""
+A record is the record.json of a run; results/details.md tells which file is which."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
 from studies import by_score, paired, spread  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "bench" / "README.md"]
+PAGES = [ROOT / "README.md", HERE / "README.md", HERE / "details.md", ROOT / "bench" / "README.md"]
 
 # --------------------------------------------------------------------------- records
 
@@ -81,7 +81,8 @@ DEMO_MODELS = {
 
 
 ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
-WITHOUT_CONTRAST = {"cap": "kd", "cap-soft": "soft-kd"}
+ADDED = {"contrast adds, movement": ("cap", "kd"), "contrast adds, soft": ("cap-soft", "soft-kd"),
+         "soft adds, + KD": ("soft-kd", "kd")}
 
 
 def demo_floor(split):
@@ -109,7 +110,7 @@ def demo_rows(found, names, pairs):
 def demo_table():
     """One row for each of ARMS, and what the contrast adds."""
     found = comparison("demo-arms/")
-    pairs = {arm: (arm, other) for arm, other in WITHOUT_CONTRAST.items()}
+    pairs = {"cap": ("cap", "kd"), "cap-soft": ("cap-soft", "soft-kd")}
     rows = demo_rows(found, {"dense": "dense (the teacher)", **ARMS}, pairs)
     floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
     rows.append(["the floor: a rule that knows no animal", *floor, "", ""])
@@ -185,21 +186,23 @@ def draw_geometry():
 
 
 def answer_table():
-    """One row for each score of a task: the teacher and ARMS, mean and standard deviation; what the
-    contrast adds to either criterion, and CAP-soft's criterion to KD, paired by seed."""
-    rows = []
+    """One column for each score of a task: the teacher and pruned models, mean and standard
+    deviation; what the contrast adds to either criterion, and soft to KD, paired by seed."""
+    names = {"dense": "dense (the teacher)", "magnitude": "magnitude", "movement": "movement",
+             **ARMS}
+    head, rows = ["dev score, %", "seeds"], {}
     for task in ("mnli", "qqp", "sst2"):
         found = comparison(f"answer/{task}-")
         for metric in found["dense"][0]["pruned"]:
-            scores = {arm: percents(found[arm], metric) for arm in found}
-            row = [f"{task}, {metric}"]
-            row += [spread(scores[arm].values()) for arm in ("dense", *ARMS)]
-            for arm, other in (WITHOUT_CONTRAST | {"soft-kd": "kd"}).items():
+            head.append(f"{task}, {metric}")
+            scores = {arm: percents(found[arm], metric) for arm in names}
+            for arm, name in names.items():
+                row = rows.setdefault(name, [name, str(len(scores[arm]))])
+                row.append(spread(scores[arm].values()))
+            for name, (arm, other) in ADDED.items():
+                row = rows.setdefault(name, [name, str(len(scores[arm]))])
                 row.append(difference(scores[arm], scores[other]))
-            rows.append(row)
-    return table([f"dev score, %, {len(found['dense'])} seeds", "dense (the teacher)",
-                  *ARMS.values(), "contrast adds, movement", "contrast adds, soft",
-                  "soft adds, + KD"], rows)
+    return table(head, rows.values())
 
 
 def pruning_log(arm):
@@ -318,11 +321,10 @@ def probe_table():
             row = [pruned_for, f"{task}, {metric}", f"{scores['rows']:,}",
                    f"{scores['pretrained']:.1f}"]
             row += [spread(scores[arm].values()) for arm in ARMS]
-            for arm, other in WITHOUT_CONTRAST.items():
-                row.append(difference(scores[arm], scores[other]))
+            row += [difference(scores[arm], scores[other]) for arm, other in ADDED.values()]
             rows.append(row)
     return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
-                  *ARMS.values(), "contrast adds, movement", "contrast adds, soft"], rows)
+                  *ARMS.values(), *ADDED], rows)
 
 
 def geometry_records():
@@ -361,20 +363,27 @@ FORM_NAMES = {  # what the records of a folder are called: their row
     "soft-once-pruned": "CAP-soft, contrast once pruning begins"}
 
 
-def forms_table(folder):
-    """One row for each of FORM_NAMES that has records in a folder of results/,
-    TASK-FORM-seedN.json: its score, and what it has more than the first one, for each score of each
-    task. AssertionError unless the runs of a task and seed share rows, source, teacher and what no
-    form changes."""
+def held_out(folder):
+    """{TASK-FORM-seedN: record} of a folder of results/. AssertionError unless the runs of a task
+    and seed share rows, source, teacher, epochs, batches, learning rate and number type."""
     records, common = {}, {}
     for path in sorted((HERE / folder).glob("*.json")):
         record = records[path.stem] = read_json(path)
         config = record["config"]
-        fixed = [config.get(name) for name in ("sparsity", "epochs", "batch_size", "lr", "dtype")]
+        fixed = [config.get(name) for name in ("epochs", "batch_size", "lr", "dtype")]
         facts = fixed, setting(record)[1:]
         assert common.setdefault((config["task"], record["seed"]), facts) == facts, (
             f"{path}: not as others")
-    columns, rows = by_score(records), []
+    return records
+
+
+def forms_table(folder):
+    """One row for each of FORM_NAMES that has records in a folder of results/: its score, and what
+    it has more than the first one, for each score of each task. AssertionError unless all have the
+    same sparsity."""
+    records, rows = held_out(folder), []
+    assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
+    columns = by_score(records)
     for form, name in FORM_NAMES.items():
         row = [name]
         for (task, _), scores in columns.items():
@@ -387,6 +396,54 @@ def forms_table(folder):
     for task, metric in columns:
         head += [f"{task}, {metric}", "minus row 1"]
     return table(head, rows)
+
+
+def density_scores():
+    """{(task, metric): {weights left, in percent: {arm: {seed: score}}}} of the records in
+    sparsity/, TASK-ARM-SPARSITY-seedN.json; the arm "dense" is the teacher."""
+    found = {}
+    for name, record in held_out("sparsity").items():
+        arm = re.fullmatch(r"\w+?-(.+)-\d+-seed\d", name)[1]
+        left = round(100 - 100 * record["config"]["sparsity"])
+        for metric, score in record["pruned"].items():
+            arms = found.setdefault((record["config"]["task"], metric), {}).setdefault(left, {})
+            arms.setdefault(arm, {})[record["seed"]] = 100 * score
+            arms.setdefault("dense", {})[record["seed"]] = 100 * record["dense"][metric]
+    return found
+
+
+def density_table():
+    """One row for each score and density: the teacher, ARMS, and what ADDED says."""
+    rows = []
+    for (task, metric), by_density in density_scores().items():
+        for left in sorted(by_density, reverse=True):
+            arms = by_density[left]
+            row = [f"{task}, {metric}", f"{left} %"]
+            row += [spread(arms[arm].values()) for arm in ("dense", *ARMS)]
+            row += [paired(arms[arm], arms[other]) for arm, other in ADDED.values()]
+            rows.append(row)
+    return table(["held-out rows, %", "weights left", "dense", *ARMS.values(), *ADDED], rows)
+
+
+def draw_density():
+    """results/density.svg: a line for each of ARMS over the densities, a dot for each seed."""
+    from matplotlib import pyplot
+    found = {score: arms for score, arms in density_scores().items() if score[1] == "accuracy"}
+    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 3.4))
+    for axis, ((task, _), by_density) in zip(axes, found.items()):
+        densities = sorted(by_density, reverse=True)
+        for i, (arm, name) in enumerate(ARMS.items()):
+            means = [statistics.mean(by_density[left][arm].values()) for left in densities]
+            axis.plot(range(len(densities)), means, color=f"C{i}", label=name)
+            for at, left in enumerate(densities):
+                scores = by_density[left][arm].values()
+                axis.plot([at] * len(scores), scores, "o", color=f"C{i}", alpha=0.5)
+        axis.set_xticks(range(len(densities)), [f"{left} %" for left in densities])
+        axis.set_xlabel(f"{task}: weights left")
+        axis.set_ylabel("accuracy on held-out rows, %")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    save(figure, "density.svg")
 
 
 # ----------------------------------------------------------------------------- speed
@@ -470,7 +527,8 @@ TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"),
-          "criterion": lambda: forms_table("criterion"), "throughput": throughput_table,
+          "criterion": lambda: forms_table("criterion"), "density": density_table,
+          "throughput": throughput_table,
           "latency": latency_table, "equations": equation_table}
 
 
@@ -492,5 +550,6 @@ if __name__ == "__main__":
         draw_geometry()
         draw_epochs()
         draw_kept()
+        draw_density()
     for path, text in render().items():
         path.write_text(text, encoding="utf-8")

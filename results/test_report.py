@@ -71,6 +71,25 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
             report.forms_table(".")
 
 
+def test_rows_of_a_density(tmp_path, monkeypatch):
+    """With 10 % of the weights CAP-m has 0.9 and 0.8 where KD has 0.5 and 0.6: the contrast
+    adds 30, standard error 10. Soft has one seed, in which it is 10 above movement, and 20 below
+    with the contrast."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "sparsity").mkdir()
+    scores = {"kd": (0.5, 0.6), "cap": (0.9, 0.8), "soft-kd": (0.6,), "cap-soft": (0.4,)}
+    for arm, found in scores.items():
+        for seed, score in enumerate(found):
+            record = {"config": {"task": "sst2", "sparsity": 0.9}, "seed": seed,
+                      "train_sha256": "a", "source_sha256": "b",
+                      "dense": {"accuracy": 1}, "pruned": {"accuracy": score}}
+            path = tmp_path / "sparsity" / f"sst2-{arm}-90-seed{seed}.json"
+            path.write_text(json.dumps(record))
+    assert report.density_table().splitlines()[2:] == [
+        "| sst2, accuracy | 10 % | 100.0 ± 0.0 | 55.0 ± 7.1 | 85.0 ± 7.1 | 60.0 | 40.0 | "
+        "+30.00 ± 10.00 (n = 2) | -20.00 (n = 1) | +10.00 (n = 1) |"]
+
+
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows."""
     for folder in ("selection", "other-forms", "criterion"):
