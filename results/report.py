@@ -1,5 +1,5 @@
-"""Write the tables of README.md, bench/README.md and the pages in this folder from the records in
-it, the code and the tests.
+"""Write the tables of README.md, bench/README.md and the pages in results/ from the records there,
+the code and the tests.
 
 Run:  python results/report.py             rewrites the pages in place
       python results/report.py --picture   draws the pictures too (needs matplotlib)
@@ -24,6 +24,12 @@ from make_demo import right_without_facts  # noqa: E402
 from studies import by_score, paired, spread  # noqa: E402
 
 PAGES = [ROOT / "README.md", HERE / "README.md", HERE / "details.md", ROOT / "bench" / "README.md"]
+
+ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
+ARMS_AND_DENSE = {"dense": "dense (the teacher)", **ARMS}
+ADDED = {"contrast adds to movement + KD": ("cap", "kd"),
+         "contrast adds to soft + KD": ("cap-soft", "soft-kd"),
+         "soft minus movement, both + KD": ("soft-kd", "kd")}
 
 # --------------------------------------------------------------------------- records
 
@@ -80,11 +86,6 @@ DEMO_MODELS = {
     "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
 
 
-ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
-ADDED = {"contrast adds, movement": ("cap", "kd"), "contrast adds, soft": ("cap-soft", "soft-kd"),
-         "soft adds, + KD": ("soft-kd", "kd")}
-
-
 def demo_floor(split):
     """Accuracy of a rule that knows no animal, in percent."""
     return 100 * right_without_facts(load("demo", split))
@@ -111,7 +112,7 @@ def demo_table():
     """One row for each of ARMS, and what the contrast adds."""
     found = comparison("demo-arms/")
     pairs = {"cap": ("cap", "kd"), "cap-soft": ("cap-soft", "soft-kd")}
-    rows = demo_rows(found, {"dense": "dense (the teacher)", **ARMS}, pairs)
+    rows = demo_rows(found, ARMS_AND_DENSE, pairs)
     floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
     rows.append(["the floor: a rule that knows no animal", *floor, "", ""])
     return table([f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
@@ -187,9 +188,8 @@ def draw_geometry():
 
 def answer_table():
     """One column for each score of a task: the teacher and pruned models, mean and standard
-    deviation; what the contrast adds to either criterion, and soft to KD, paired by seed."""
-    names = {"dense": "dense (the teacher)", "magnitude": "magnitude", "movement": "movement",
-             **ARMS}
+    deviation, and the differences of ADDED, paired by seed."""
+    names = ARMS_AND_DENSE | {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
     head, rows = ["dev score, %", "seeds"], {}
     for task in ("mnli", "qqp", "sst2"):
         found = comparison(f"answer/{task}-")
@@ -200,6 +200,7 @@ def answer_table():
                 row = rows.setdefault(name, [name, str(len(scores[arm]))])
                 row.append(spread(scores[arm].values()))
             for name, (arm, other) in ADDED.items():
+                assert scores[arm].keys() == scores[other].keys(), f"{task}: {arm} and {other}"
                 row = rows.setdefault(name, [name, str(len(scores[arm]))])
                 row.append(difference(scores[arm], scores[other]))
     return table(head, rows.values())
@@ -307,21 +308,21 @@ def probe_table():
     rows = []
     for pruned_for in ("mnli", "sst2"):
         found = {}  # {(task, metric): {encoder: {seed: score}}}
+        examples = {}  # {task: (number of training rows, their SHA-256)}
         for path in sorted((HERE / "probes").glob(f"{pruned_for}-*.json")):
             arm, seed, task = re.fullmatch(r"\w+-(.+)-seed(\d)-(\w+)", path.stem).groups()
             record = read_json(path)
+            ours = record["examples"]["train"], record["train_sha256"]
+            assert examples.setdefault(task, ours) == ours, f"{path}: other rows"
             for metric, score in record["pruned"].items():
-                of_score = found.setdefault((task, metric), {
-                    "rows": record["examples"]["train"], "sha256": record["train_sha256"]})
-                assert record["train_sha256"] == of_score["sha256"], f"{path}: other rows"
-                of_score.setdefault(arm, {})[seed] = 100 * score
+                scores = found.setdefault((task, metric), {})
+                scores.setdefault(arm, {})[seed] = 100 * score
                 if "pretrained" in record:
-                    of_score["pretrained"] = 100 * record["pretrained"][metric]
+                    scores["pretrained"] = {seed: 100 * record["pretrained"][metric]}
         for (task, metric), scores in found.items():
-            row = [pruned_for, f"{task}, {metric}", f"{scores['rows']:,}",
-                   f"{scores['pretrained']:.1f}"]
-            row += [spread(scores[arm].values()) for arm in ARMS]
-            row += [difference(scores[arm], scores[other]) for arm, other in ADDED.values()]
+            row = [pruned_for, f"{task}, {metric}", f"{examples[task][0]:,}"]
+            row += [spread(scores[arm].values()) for arm in ("pretrained", *ARMS)]
+            row += [paired(scores[arm], scores[other]) for arm, other in ADDED.values()]
             rows.append(row)
     return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
                   *ARMS.values(), *ADDED], rows)
@@ -351,7 +352,7 @@ def geometry_table():
                   "gradient, K = 1", "K = 9"], rows)
 
 
-FORM_NAMES = {  # what the records of a folder are called: their row
+FORM_NAMES = {  # FORM in the name of a record's file: the name of its row
     "kd": "movement + KD", "cap": "CAP-m", "supcon-s0.03": "CAP-m, supcon, w_s 0.03",
     "supcon-s0.1": "CAP-m, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP-m, supcon, w_s 0.3, w_u 0",
     "supcon-s1": "CAP-m, supcon, w_s 1", "mean-off": "CAP-m, ancestors' mean off",
@@ -403,41 +404,45 @@ def density_scores():
     sparsity/, TASK-ARM-SPARSITY-seedN.json; the arm "dense" is the teacher."""
     found = {}
     for name, record in held_out("sparsity").items():
-        arm = re.fullmatch(r"\w+?-(.+)-\d+-seed\d", name)[1]
-        left = round(100 - 100 * record["config"]["sparsity"])
+        arm, percent = re.fullmatch(r"\w+?-(.+)-(\d+)-seed\d", name).groups()
+        assert 100 * record["config"]["sparsity"] == float(percent), f"{name}: its sparsity"
+        left = 100 - int(percent)
         for metric, score in record["pruned"].items():
-            arms = found.setdefault((record["config"]["task"], metric), {}).setdefault(left, {})
-            arms.setdefault(arm, {})[record["seed"]] = 100 * score
-            arms.setdefault("dense", {})[record["seed"]] = 100 * record["dense"][metric]
+            by_density = found.setdefault((record["config"]["task"], metric), {})
+            scores = by_density.setdefault(left, {})
+            scores.setdefault(arm, {})[record["seed"]] = 100 * score
+            scores.setdefault("dense", {})[record["seed"]] = 100 * record["dense"][metric]
     return found
 
 
 def density_table():
-    """One row for each score and density: the teacher, ARMS, and what ADDED says."""
+    """One row for each score and density: the teacher, ARMS, and the differences of ADDED."""
     rows = []
     for (task, metric), by_density in density_scores().items():
         for left in sorted(by_density, reverse=True):
-            arms = by_density[left]
+            scores = by_density[left]
             row = [f"{task}, {metric}", f"{left} %"]
-            row += [spread(arms[arm].values()) for arm in ("dense", *ARMS)]
-            row += [paired(arms[arm], arms[other]) for arm, other in ADDED.values()]
+            row += [spread(scores[arm].values()) for arm in ARMS_AND_DENSE]
+            row += [paired(scores[arm], scores[other]) for arm, other in ADDED.values()]
             rows.append(row)
-    return table(["held-out rows, %", "weights left", "dense", *ARMS.values(), *ADDED], rows)
+    return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values(), *ADDED], rows)
 
 
 def draw_density():
-    """results/density.svg: a line for each of ARMS over the densities, a dot for each seed."""
+    """results/density.svg: a dot for each run over the densities, a line for each of ARMS through
+    the means of its seeds, which need not be the same everywhere."""
     from matplotlib import pyplot
-    found = {score: arms for score, arms in density_scores().items() if score[1] == "accuracy"}
-    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 3.4))
-    for axis, ((task, _), by_density) in zip(axes, found.items()):
+    found = density_scores()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
+    for axis, task in zip(axes, ("qqp", "sst2")):
+        by_density = found[task, "accuracy"]
         densities = sorted(by_density, reverse=True)
         for i, (arm, name) in enumerate(ARMS.items()):
             means = [statistics.mean(by_density[left][arm].values()) for left in densities]
             axis.plot(range(len(densities)), means, color=f"C{i}", label=name)
-            for at, left in enumerate(densities):
+            for column, left in enumerate(densities):
                 scores = by_density[left][arm].values()
-                axis.plot([at] * len(scores), scores, "o", color=f"C{i}", alpha=0.5)
+                axis.plot([column] * len(scores), scores, "o", color=f"C{i}", alpha=0.5)
         axis.set_xticks(range(len(densities)), [f"{left} %" for left in densities])
         axis.set_xlabel(f"{task}: weights left")
         axis.set_ylabel("accuracy on held-out rows, %")
@@ -528,8 +533,7 @@ TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"),
           "criterion": lambda: forms_table("criterion"), "density": density_table,
-          "throughput": throughput_table,
-          "latency": latency_table, "equations": equation_table}
+          "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 
 
 def render():
