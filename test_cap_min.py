@@ -909,22 +909,26 @@ def test_export_has_exactly_k_weights_and_is_transformers(method, whole, vocab, 
         assert theirs.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_run_is_reproducible_and_finished_only_once(finished, command, tmp_path, capsys):
+@pytest.mark.parametrize("method, sparsity, kept", [
+    ("movement", "89.94%", "10.1%"), ("soft", "89.99%", "10.0%")])
+def test_run_is_reproducible_and_finished_only_once(method, sparsity, kept, whole, command,
+                                                    tmp_path, capsys):
     """Another folder, the same command, the teacher of the first run: the same weights to the
-    last bit. Of 2 * (4 * 256 + 2 * 512) weights 2 * (4 * 26 + 2 * 51) are left: 89.94 % are not.
+    last bit. Of 2 * (4 * 256 + 2 * 512) weights 2 * (4 * 26 + 2 * 51) are left, by CAP-soft 410.
     The command again does nothing; with another option it is refused."""
-    assert main(command(tmp_path, "movement", "--teacher", str(finished / "teacher"))) == 0
+    run = whole(method)
+    assert main(command(tmp_path, method, "--teacher", str(run / "teacher"))) == 0
     out = capsys.readouterr().out
-    assert "sparsity 89.94%" in out and "\n14/14 | 10.1% | " in out
-    first, second = (run / "model" / "model.safetensors" for run in (finished, tmp_path))
+    assert f"sparsity {sparsity}" in out and f"\n14/14 | {kept} | " in out
+    first, second = (folder / "model" / "model.safetensors" for folder in (run, tmp_path))
     assert first.read_bytes() == second.read_bytes()
-    before = (finished / "record.json").stat().st_mtime_ns
-    assert main(command(finished)) == 0
+    before = (run / "record.json").stat().st_mtime_ns
+    assert main(command(run, method)) == 0
     out = capsys.readouterr().out
-    assert "is finished" in out and "89.94%" in out and "14/14" not in out
-    assert main(command(finished, "movement", "--lr", "2e-3")) == 2
+    assert "is finished" in out and sparsity in out and "14/14" not in out
+    assert main(command(run, method, "--lr", "2e-3")) == 2
     assert "has a run with lr 0.003; it goes on with these, another" in capsys.readouterr().err
-    assert (finished / "record.json").stat().st_mtime_ns == before
+    assert (run / "record.json").stat().st_mtime_ns == before
 
 
 def test_recipe(capsys):
@@ -1142,16 +1146,16 @@ def kill_after(log, lines, seconds, started):
     assert ends(started) == [-signal.SIGKILL] * len(started)
 
 
-def test_killed_at_any_moment_the_run_ends_the_same(finished, command, tmp_path):
+def test_killed_at_any_moment_the_run_ends_the_same(whole, command, tmp_path):
     """SIGKILL comes thrice, up to 20 ms after a line of the log, while every step saves: within a
     step, or within a save, of which a torn file stays, which does no harm."""
-    options, chance = command(tmp_path, "movement", "--checkpoint-minutes", "0"), random.Random(1)
+    options, chance = command(tmp_path, "soft", "--checkpoint-minutes", "0"), random.Random(1)
     (tmp_path / ".config.json.tmp").write_bytes(b"torn")
     for lines in (4, 16, 24):
         kill_after(tmp_path / "log.jsonl", lines, chance.uniform(0, 0.02), start(options))
         (tmp_path / "checkpoint" / ".state.pt.tmp").write_bytes(b"torn")
     assert ends(start(options)) == [0]
-    assert_same(finished, tmp_path)
+    assert_same(whole("soft"), tmp_path)
 
 
 def test_the_same_run_twice_at_once_is_refused(tmp_path):
