@@ -399,30 +399,30 @@ def forms_table(folder):
     return table(head, rows)
 
 
+SPARSITIES = {"90": "10 %", "97": "3 %", "99": "1 %"}  # in the name of a record: weights left
+
+
 def density_scores():
-    """{(task, metric): {weights left, in percent: {arm: {seed: score}}}} of the records in
-    sparsity/, TASK-ARM-SPARSITY-seedN.json; the arm "dense" is the teacher."""
-    found = {}
-    for name, record in held_out("sparsity").items():
-        arm, percent = re.fullmatch(r"\w+?-(.+)-(\d+)-seed\d", name).groups()
+    """{(task, metric): {TASK-ARM-SPARSITY: {seed: score}}} of the records in sparsity/; the arm
+    "dense" is the teacher."""
+    records = held_out("sparsity")
+    for name, record in list(records.items()):
+        task, percent, seed = re.fullmatch(r"(\w+?)-.+-(\d+)-(seed\d)", name).groups()
         assert 100 * record["config"]["sparsity"] == float(percent), f"{name}: its sparsity"
-        left = 100 - int(percent)
-        for metric, score in record["pruned"].items():
-            by_density = found.setdefault((record["config"]["task"], metric), {})
-            scores = by_density.setdefault(left, {})
-            scores.setdefault(arm, {})[record["seed"]] = 100 * score
-            scores.setdefault("dense", {})[record["seed"]] = 100 * record["dense"][metric]
-    return found
+        records[f"{task}-dense-{percent}-{seed}"] = record | {"pruned": record["dense"]}
+    return by_score(records)
 
 
 def density_table():
     """One row for each score and density: the teacher, ARMS, and the differences of ADDED."""
     rows = []
-    for (task, metric), by_density in density_scores().items():
-        for left in sorted(by_density, reverse=True):
-            scores = by_density[left]
-            row = [f"{task}, {metric}", f"{left} %"]
-            row += [spread(scores[arm].values()) for arm in ARMS_AND_DENSE]
+    for (task, metric), runs in density_scores().items():
+        for percent, left in SPARSITIES.items():
+            if f"{task}-dense-{percent}" not in runs:
+                continue
+            scores = {arm: runs[f"{task}-{arm}-{percent}"] for arm in ARMS_AND_DENSE}
+            row = [f"{task}, {metric}", left]
+            row += [spread(values.values()) for values in scores.values()]
             row += [paired(scores[arm], scores[other]) for arm, other in ADDED.values()]
             rows.append(row)
     return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values(), *ADDED], rows)
@@ -435,15 +435,13 @@ def draw_density():
     found = density_scores()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for axis, task in zip(axes, ("qqp", "sst2")):
-        by_density = found[task, "accuracy"]
-        densities = sorted(by_density, reverse=True)
+        runs = found[task, "accuracy"]
         for i, (arm, name) in enumerate(ARMS.items()):
-            means = [statistics.mean(by_density[left][arm].values()) for left in densities]
-            axis.plot(range(len(densities)), means, color=f"C{i}", label=name)
-            for column, left in enumerate(densities):
-                scores = by_density[left][arm].values()
-                axis.plot([column] * len(scores), scores, "o", color=f"C{i}", alpha=0.5)
-        axis.set_xticks(range(len(densities)), [f"{left} %" for left in densities])
+            scores = [runs[f"{task}-{arm}-{percent}"].values() for percent in SPARSITIES]
+            axis.plot([statistics.mean(values) for values in scores], color=f"C{i}", label=name)
+            for column, values in enumerate(scores):
+                axis.plot([column] * len(values), values, "o", color=f"C{i}", alpha=0.5)
+        axis.set_xticks(range(len(SPARSITIES)), SPARSITIES.values())
         axis.set_xlabel(f"{task}: weights left")
         axis.set_ylabel("accuracy on held-out rows, %")
         axis.grid(axis="y", alpha=0.3)
