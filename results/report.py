@@ -404,13 +404,15 @@ SPARSITIES = {"90": "10 %", "97": "3 %", "99": "1 %"}  # in the name of a record
 
 def density_scores():
     """{(task, metric): {TASK-ARM-SPARSITY: {seed: score}}} of the records in sparsity/; the arm
-    "dense" is the teacher."""
+    "dense" is the teacher. MNLI's two dev sets are the same held-out rows, and one is shown."""
     records = held_out("sparsity")
     for name, record in list(records.items()):
         task, percent, seed = re.fullmatch(r"(\w+?)-.+-(\d+)-(seed\d)", name).groups()
         assert 100 * record["config"]["sparsity"] == float(percent), f"{name}: its sparsity"
         records[f"{task}-dense-{percent}-{seed}"] = record | {"pruned": record["dense"]}
-    return by_score(records)
+    scores = by_score(records)
+    scores.pop(("mnli", "accuracy_mm"), None)
+    return scores
 
 
 def density_table():
@@ -420,12 +422,28 @@ def density_table():
         for percent, left in SPARSITIES.items():
             if f"{task}-dense-{percent}" not in runs:
                 continue
-            scores = {arm: runs[f"{task}-{arm}-{percent}"] for arm in ARMS_AND_DENSE}
             row = [f"{task}, {metric}", left]
-            row += [spread(values.values()) for values in scores.values()]
-            row += [paired(scores[arm], scores[other]) for arm, other in ADDED.values()]
+            scores = {arm: runs.get(f"{task}-{arm}-{percent}", {}) for arm in ARMS_AND_DENSE}
+            for values in scores.values():
+                row.append(spread(values.values()) if values else "")
+            for arm, other in ADDED.values():
+                both = scores[arm] and scores[other]
+                row.append(paired(scores[arm], scores[other]) if both else "")
             rows.append(row)
     return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values(), *ADDED], rows)
+
+
+def terms_table():
+    """What CAP-m has without one of its terms: SST-2 at 10 %, the seeds that have such runs."""
+    runs, rows = density_scores()["sst2", "accuracy"], []
+    seeds = runs["sst2-cap-no-prc-90"]
+    names = {"kd": "movement + KD", "cap": "CAP-m", "cap-no-prc": "CAP-m without PrC",
+             "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
+    for arm, name in names.items():
+        scores = {seed: runs[f"sst2-{arm}-90"][seed] for seed in seeds}
+        rows.append([name, spread(scores.values()), paired(scores, runs["sst2-kd-90"])])
+    rows[0][-1] = ""
+    return table(["held-out rows, %", "sst2, accuracy", "minus row 1"], rows)
 
 
 def draw_density():
@@ -447,6 +465,52 @@ def draw_density():
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(fontsize=8)
     save(figure, "density.svg")
+
+
+STRUCTURED = {"cap": "CAP-f", "kd": "CAP-f without contrast", "lower3": "the lowest 3 layers",
+              "lower1": "the lowest layer"}
+
+
+def structured_scores():
+    """{run of STRUCTURED: {percent of encoder weights left: score}} on 2,000 held-out rows: at the
+    end of each stage of CAP-f, and of a model of fewer layers after its last epoch."""
+    found = {}
+    for run in STRUCTURED:
+        log = HERE / "structured" / f"sst2-{run}-seed0.jsonl"
+        scores = found[run] = {}
+        for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+            if "dev" in entry:
+                left = entry["kept"]
+                if run.startswith("lower"):  # whose record knows nothing of the layers above
+                    left *= int(run[-1]) / 6
+                scores[round(100 * left)] = 100 * entry["dev"]["accuracy"]
+    return found
+
+
+def structured_table():
+    """One row for each density, from the most weights to the fewest."""
+    found, rows = structured_scores(), []
+    densities = {left for scores in found.values() for left in scores}
+    for left in sorted(densities, reverse=True):
+        row = [f"{left} %"]
+        for scores in found.values():
+            row.append(f"{scores[left]:.1f}" if left in scores else "")
+        rows.append(row)
+    return table(["encoder weights left", *STRUCTURED.values()], rows)
+
+
+def draw_structured():
+    """results/structured.svg: a dot for each density, a line for each of STRUCTURED."""
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 3.2))
+    for run, scores in structured_scores().items():
+        axis.plot(scores.keys(), scores.values(), "o-", label=STRUCTURED[run])
+    axis.invert_xaxis()
+    axis.set_xlabel("encoder weights left, %")
+    axis.set_ylabel("accuracy on held-out rows, %")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+    save(figure, "structured.svg")
 
 
 # ----------------------------------------------------------------------------- speed
@@ -531,6 +595,7 @@ TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"),
           "criterion": lambda: forms_table("criterion"), "density": density_table,
+          "terms": terms_table, "structured": structured_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 
 
@@ -553,5 +618,6 @@ if __name__ == "__main__":
         draw_epochs()
         draw_kept()
         draw_density()
+        draw_structured()
     for path, text in render().items():
         path.write_text(text, encoding="utf-8")

@@ -74,20 +74,47 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
 def test_rows_of_a_density(tmp_path, monkeypatch):
     """With 10 % of the weights CAP-m has 0.9 and 0.8 where KD has 0.5 and 0.6: the contrast
     adds 30, standard error 10. Soft has one seed, in which it is 10 above movement, and 20 below
-    with the contrast."""
+    with the contrast. Without a term CAP-m has the first seed alone, and is compared in that. MNLI
+    has no soft, and its second score is the first one."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "sparsity").mkdir()
-    scores = {"kd": (0.5, 0.6), "cap": (0.9, 0.8), "soft-kd": (0.6,), "cap-soft": (0.4,)}
-    for arm, found in scores.items():
+    scores = {"sst2-kd": (0.5, 0.6), "sst2-cap": (0.9, 0.8), "sst2-soft-kd": (0.6,),
+              "sst2-cap-soft": (0.4,), "sst2-cap-no-prc": (0.7,), "sst2-cap-no-snc": (0.6,),
+              "sst2-cap-no-fic": (0.5,), "mnli-kd": (0.4,), "mnli-cap": (0.3,)}
+    for run, found in scores.items():
         for seed, score in enumerate(found):
-            record = {"config": {"task": "sst2", "sparsity": 0.9}, "seed": seed,
+            pruned, task = {"accuracy": score}, run.partition("-")[0]
+            if task == "mnli":
+                pruned["accuracy_mm"] = score
+            record = {"config": {"task": task, "sparsity": 0.9}, "seed": seed,
                       "train_sha256": "a", "source_sha256": "b",
-                      "dense": {"accuracy": 1}, "pruned": {"accuracy": score}}
-            path = tmp_path / "sparsity" / f"sst2-{arm}-90-seed{seed}.json"
-            path.write_text(json.dumps(record))
+                      "dense": dict.fromkeys(pruned, 1), "pruned": pruned}
+            (tmp_path / "sparsity" / f"{run}-90-seed{seed}.json").write_text(json.dumps(record))
     assert report.density_table().splitlines()[2:] == [
+        "| mnli, accuracy | 10 % | 100.0 | 40.0 | 30.0 |  |  | -10.00 (n = 1) |  |  |",
         "| sst2, accuracy | 10 % | 100.0 ± 0.0 | 55.0 ± 7.1 | 85.0 ± 7.1 | 60.0 | 40.0 | "
         "+30.00 ± 10.00 (n = 2) | -20.00 (n = 1) | +10.00 (n = 1) |"]
+    assert report.terms_table().splitlines()[2:] == [
+        "| movement + KD | 50.0 |  |", "| CAP-m | 90.0 | +40.00 (n = 1) |",
+        "| CAP-m without PrC | 70.0 | +20.00 (n = 1) |",
+        "| CAP-m without SnC | 60.0 | +10.00 (n = 1) |",
+        "| CAP-m without FiC | 50.0 | +0.00 (n = 1) |"]
+
+
+def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
+    """CAP-f after its stages of 10 and 50 %, the second of two layers' scores; 3 of 6 layers are
+    half of the weights."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    (tmp_path / "structured").mkdir()
+    for run, scores in {"cap": [(0.899, 0.9), (0.5, 0.8)], "kd": [(0.9, 0.7)],
+                        "lower3": [(1, 0.5), (1, 0.6)], "lower1": [(1, 0.4)]}.items():
+        lines = [{"kept": 1, "loss": 2}]
+        for kept, accuracy in scores:
+            lines.append({"kept": kept, "dev": {"accuracy": accuracy}})
+        (tmp_path / "structured" / f"sst2-{run}-seed0.jsonl").write_text(
+            "\n".join(map(json.dumps, lines)))
+    assert report.structured_table().splitlines()[2:] == [
+        "| 90 % | 90.0 | 70.0 |  |  |", "| 50 % | 80.0 |  | 60.0 |  |", "| 17 % |  |  |  | 40.0 |"]
 
 
 def test_every_record_of_a_form_is_in_a_table():
