@@ -1641,7 +1641,7 @@ TINY_NUMBERS = ("import os, torch, cap_min; cap_min.main(['--device', 'none'])\n
     ("import sys; sys.version_info = (3, 9); import cap_min", {}, 2, "error: Python 3.10 or newer"),
     ("import bert_min; print(bert_min.BERT_BASE_URL)", {"HF_ENDPOINT": "https://mirror"}, 0,
      "https://mirror/google-bert/bert-base-uncased/resolve/86b5e0934494bd15c9632b12f734a8a67f72"),
-    (TINY_NUMBERS, {}, 0, "\n0 16384\n"),
+    (TINY_NUMBERS, {}, 0, "\n0 4096\n"),
     (TINY_NUMBERS, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, 0, "\n0 7\n")])
 def test_what_is_decided_as_a_process_starts(code, variables, status, printed):
     """An old Python is refused before any work; a mirror of the hub is asked in its place; after
