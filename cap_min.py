@@ -1093,7 +1093,7 @@ def tune_cpu():
     """What makes a step on a CPU faster and changes nothing else, before torch's threads start."""
     # numbers below 1e-38 are 0: Adam's momentum of pruned weights, on which processors take long
     torch.set_flush_denormal(True)
-    # keep oneDNN's code for 4,096 shapes, 0.4 MB each, which takes 1 ms to make: MNLI has 2,000
+    # keep oneDNN's code for 4,096 shapes, each 0.4 MB and 1 ms to make: a run of MNLI has 2,000
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
     # glibc keeps what is freed: to map each step's gradients anew takes up to a tenth of a step
     if platform.libc_ver()[0] == "glibc":
