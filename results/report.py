@@ -206,9 +206,9 @@ def answer_table():
     return table(head, rows.values())
 
 
-def pruning_log(arm):
-    """Entries of the pruning phase in the log of MNLI's first run."""
-    lines = (HERE / "answer" / f"mnli-{arm}-seed0.jsonl").read_text(encoding="utf-8").splitlines()
+def pruning_log(run):
+    """Entries of the pruning phase in the log of a run, named by its path in results/."""
+    lines = (HERE / f"{run}.jsonl").read_text(encoding="utf-8").splitlines()
     return [entry for entry in map(json.loads, lines) if entry["phase"] == "prune"]
 
 
@@ -217,7 +217,7 @@ def draw_epochs():
     from matplotlib import pyplot
     figure, (scores, shares) = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for arm, name in ARMS.items():
-        found = [entry for entry in pruning_log(arm) if "dev" in entry]
+        found = [entry for entry in pruning_log(f"answer/mnli-{arm}-seed0") if "dev" in entry]
         scores.plot([100 * entry["dev"]["accuracy"] for entry in found], "o-", label=name)
     scores.set_xticks(range(len(found)),
                       [f"{i}\n{entry['kept']:.0%}" for i, entry in enumerate(found, 1)])
@@ -225,7 +225,7 @@ def draw_epochs():
     scores.set_ylabel("dev accuracy, %")
     scores.grid(axis="y", alpha=0.3)
     scores.legend(fontsize=8)
-    found = [entry for entry in pruning_log("cap") if "gradient_share" in entry]
+    found = [entry for entry in pruning_log("answer/mnli-cap-seed0") if "gradient_share" in entry]
     terms = found[-1]["gradient_share"]
     shares.stackplot([entry["step"] for entry in found],
                      [[entry["gradient_share"].get(term, 0) for entry in found] for term in terms],
@@ -436,13 +436,11 @@ def density_table():
 def terms_table():
     """What CAP-m has without one of its terms: SST-2 at 10 %, the seeds that have such runs."""
     runs, rows = density_scores()["sst2", "accuracy"], []
-    seeds = runs["sst2-cap-no-prc-90"]
-    names = {"kd": "movement + KD", "cap": "CAP-m", "cap-no-prc": "CAP-m without PrC",
-             "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
-    for arm, name in names.items():
+    seeds, names = runs["sst2-cap-no-prc-90"], ARMS | DEMO_MODELS
+    for arm in ("kd", "cap", "cap-no-prc", "cap-no-snc", "cap-no-fic"):
         scores = {seed: runs[f"sst2-{arm}-90"][seed] for seed in seeds}
-        rows.append([name, spread(scores.values()), paired(scores, runs["sst2-kd-90"])])
-    rows[0][-1] = ""
+        more = paired(scores, runs["sst2-kd-90"]) if arm != "kd" else ""
+        rows.append([names[arm], spread(scores.values()), more])
     return table(["held-out rows, %", "sst2, accuracy", "minus row 1"], rows)
 
 
@@ -476,9 +474,8 @@ def structured_scores():
     end of each stage of CAP-f, and of a model of fewer layers after its last epoch."""
     found = {}
     for run in STRUCTURED:
-        log = HERE / "structured" / f"sst2-{run}-seed0.jsonl"
         scores = found[run] = {}
-        for entry in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        for entry in pruning_log(f"structured/sst2-{run}-seed0"):
             if "dev" in entry:
                 left = entry["kept"]
                 if run.startswith("lower"):  # whose record knows nothing of the layers above

@@ -102,15 +102,15 @@ def test_rows_of_a_density(tmp_path, monkeypatch):
 
 
 def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
-    """CAP-f after its stages of 10 and 50 %, the second of two layers' scores; 3 of 6 layers are
-    half of the weights."""
+    """CAP-f has a row after each stage; of fewer layers the score after the last of two epochs
+    counts, and 3 of 6 layers are half of the weights."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "structured").mkdir()
     for run, scores in {"cap": [(0.899, 0.9), (0.5, 0.8)], "kd": [(0.9, 0.7)],
                         "lower3": [(1, 0.5), (1, 0.6)], "lower1": [(1, 0.4)]}.items():
-        lines = [{"kept": 1, "loss": 2}]
+        lines = [{"phase": "prune", "kept": 1, "loss": 2}]
         for kept, accuracy in scores:
-            lines.append({"kept": kept, "dev": {"accuracy": accuracy}})
+            lines.append({"phase": "prune", "kept": kept, "dev": {"accuracy": accuracy}})
         (tmp_path / "structured" / f"sst2-{run}-seed0.jsonl").write_text(
             "\n".join(map(json.dumps, lines)))
     assert report.structured_table().splitlines()[2:] == [
