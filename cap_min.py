@@ -426,9 +426,8 @@ def randomness(*position):
 
 
 def batch_terms(model, batch, ancestors, chance, args):
-    """The weighted terms of eq. (8), or without ancestors the cross-entropy alone, and the pooled
-    vectors (b, D) that the model gave. Of several processes each computes its own part of the
-    batch, and has what the others' models gave from them."""
+    """A batch's weighted terms of eq. (8), or without ancestors the cross-entropy alone, and
+    the pooled vectors (b, D) of the part of it that this process computes: all, if it is one."""
     labels = batch["labels"]
     own_part = [tensor[rank()::processes()] for tensor in inputs(batch)]  # every n-th of n
     with autocast(labels.device, args.dtype):
@@ -885,9 +884,8 @@ def summed(tensor):
 
 
 def gather(rows, size):
-    """From the rows (b, D) of each process's part to those of the whole batch (B, D). All n
-    processes compute its loss, but each the gradient of its own rows; this counts n times, since
-    DistributedDataParallel then takes the mean."""
+    """Rows (B, D) of the whole batch from those (b, D) of each process's part. All n compute its
+    loss, but each the gradient of its own rows, n times: DistributedDataParallel takes the mean."""
     whole = rows.new_zeros(size, rows.size(1))
     whole[rank()::processes()] = rows.detach()
     summed(whole)  # the rows of all, without a gradient
@@ -898,7 +896,7 @@ def gather(rows, size):
 
 def join_processes():
     """Under torchrun: one process of a group (gloo, or nccl where there are GPUs)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
 
@@ -1173,7 +1171,6 @@ def cap(args):
     if rank() == 0:
         draw_curve(run)
         write_json(record, args.out / "record.json")
-        run.log_file.close()
         shutil.rmtree(run.folder, ignore_errors=True)  # nothing of it is needed any more
     print_summary(args, record)
     return record
@@ -1197,4 +1194,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if distributed.is_initialized():
+        os._exit(status)  # Python's own end aborts if a thread of gloo still holds a tensor then
+    sys.exit(status)
