@@ -1,10 +1,12 @@
-"""Studies made of several runs of cap_min.py: methods compared, encoders probed, lists of runs,
-held-out rows to choose settings on, and models of fewer layers.
+"""Studies made of several runs of cap_min.py: methods compared, encoders probed, runs scored on
+other data, lists of runs, held-out rows to choose settings on, and models of fewer layers.
 
 Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_min.py]
           CAP-m, its ablations and plain pruning on equal data and budget: OUT/compare.md
       python results/studies.py probe RUN --task rte
           what the encoders of a finished run know of another task: RUN/probe_rte.json
+      python results/studies.py score RUN --data-dir GLUE
+          a finished run on the dev sets of another data folder: RUN/scores.json
       python results/studies.py geometry RUN
           what the contrastive losses ask for, at the ancestors of a finished run: RUN/geometry.json
       python results/studies.py grid LIST --jobs 2 --minutes 170 --out FOLDER
@@ -54,7 +56,8 @@ import cap_min  # noqa: E402
 import forms  # noqa: E402
 from bert_min import (  # noqa: E402
     from_pretrained, read_json, replacing, save_pretrained, to_sparse, write_json)
-from data_glue import TASKS, is_quoted, load_tokenizer, read_text, save_tokenizer  # noqa: E402
+from data_glue import (  # noqa: E402
+    TASKS, encode_task, is_quoted, load, load_tokenizer, read_text, save_tokenizer)
 
 # ----------------------------------------------------------------------------- table
 
@@ -135,6 +138,33 @@ def compare(args, seeds):
     write_table(records | dense, args.out / "compare.md")
 
 
+# --------------------------------------------------------------------- a finished run
+
+
+def read_run(run):
+    """(configuration, {"pruned", "dense", "pretrained": folder}) of a finished run. ValueError if
+    it is none."""
+    try:
+        config = read_json(run / "record.json")["config"]
+        folders = {"pruned": run / "model", "dense": config["teacher"] or run / "teacher",
+                   "pretrained": config["model"]}
+        if not {"max_length", "extra"} <= config.keys():
+            raise KeyError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is no finished run with a record.json") from None
+    return config, folders
+
+
+def origin(device):
+    """What made a record: versions, machine and source."""
+    source = b"".join((ROOT / name).read_bytes() for name in (
+        "bert_min.py", "data_glue.py", "cap_min.py", "results/studies.py"))
+    machine = f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "machine": machine}
+    return {"versions": versions, "source_sha256": hashlib.sha256(source).hexdigest()}
+
+
 # ----------------------------------------------------------------------------- probe
 
 
@@ -170,30 +200,6 @@ def probe(run, args):
                 "train_sha256": config["train_sha256"], "examples": examples,
                 "penalties": penalties, **scores},
                run / f"probe_{args.task}.json")
-
-
-def read_run(run):
-    """(configuration, {"pruned", "dense", "pretrained": folder}) of a finished run. ValueError if
-    it is none."""
-    try:
-        config = read_json(run / "record.json")["config"]
-        folders = {"pruned": run / "model", "dense": config["teacher"] or run / "teacher",
-                   "pretrained": config["model"]}
-        if not {"max_length", "extra"} <= config.keys():
-            raise KeyError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{run} is no finished run with a record.json") from None
-    return config, folders
-
-
-def origin(device):
-    """What made a record: versions, machine and source."""
-    source = b"".join((ROOT / name).read_bytes() for name in (
-        "bert_min.py", "data_glue.py", "cap_min.py", "results/studies.py"))
-    machine = f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads"
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "machine": machine}
-    return {"versions": versions, "source_sha256": hashlib.sha256(source).hexdigest()}
 
 
 PENALTIES = [10.0 ** -i for i in range(8)]  # on |W|^2 of a classifier
@@ -238,6 +244,34 @@ def minimise(classifier, pooled, labels, penalty):
         return value
 
     optimizer.step(loss)
+
+
+# ----------------------------------------------------------------------------- score
+
+
+def score_again(run, args):
+    """The record of a finished run, but with the scores of its pruned model and its teacher on the
+    dev sets in args.data_dir, to RUN/scores.json: a run that trained on rows of hold-out is scored
+    there on GLUE's own. ValueError or FileNotFoundError if the run, a model or data are missing."""
+    config, folders = read_run(run)
+    args.dtype = "fp32"
+    device, task = cap_min.choose_device(args), config["task"]
+    tokenizer, dev_sets = load_tokenizer(run / "model"), {}
+    for split in TASKS[task].files:
+        if split != "train":
+            rows = load(task, split, args.data_dir)
+            dev_sets[split] = encode_task(rows, tokenizer, config["max_length"])
+    pruned = from_pretrained(folders["pruned"], num_labels=None)
+    dense = cap_min.load_fine_tuned(folders["dense"], argparse.Namespace(**config), pruned.config)
+    record = read_json(run / "record.json") | origin(device)
+    record["config"] = config | {"data_dir": args.data_dir}
+    record["examples"] = {"train": record["examples"]["train"]}
+    for name, model in (("dense", dense), ("pruned", pruned)):
+        record[name] = cap_min.evaluate(model.to(device), task, dev_sets)
+        print(f"{run}: {name}, dev: {cap_min.show_scores(record[name])}", flush=True)
+    for split, dev in dev_sets.items():
+        record["examples"][split] = len(dev)
+    write_json(record, run / "scores.json")
 
 
 # -------------------------------------------------------------------------- geometry
@@ -507,6 +541,10 @@ def main(argv=None):
     add("--max-train", type=cap_min.number(int, 1), help="training rows; None: all")
     encoders = ["pruned", "dense", "pretrained"]
     add("--encoders", nargs="+", choices=encoders, default=encoders, help="those to be probed")
+    add = studies.add_parser("score", help="a run on the dev sets of other data").add_argument
+    add("run", type=Path, help="folder of a finished run")
+    add("--data-dir", type=os.path.abspath, help="folder with the task's folder; None: downloaded")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add = studies.add_parser("geometry", help="what the losses ask for").add_argument
     add("run", type=Path, help="folder of a finished run")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
@@ -542,6 +580,8 @@ def main(argv=None):
             run = args.run
             del args.run, args.study  # what is left is the probe's configuration
             probe(run, args)
+        elif args.study == "score":
+            score_again(args.run, args)
         elif args.study == "geometry":
             geometry(args.run, args.device)
         elif args.study == "hold-out":

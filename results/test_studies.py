@@ -188,6 +188,34 @@ def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
     assert "gone: no such folder" in error and "dev:" not in out
 
 
+# ----------------------------------------------------------------------------- score
+
+
+def test_scores_on_other_data(compared, glue, tmp_path, capsys):
+    """On the data that it had, a run has the scores of its record; on others, here the sentences
+    that it trained on and no training set, those of its two models there. Without data: one
+    sentence, and nothing is written."""
+    run = shutil.copytree(compared[0] / "movement-kd-seed0", tmp_path / "run")
+    first = json.loads((run / "record.json").read_text())
+    (tmp_path / "other" / "SST-2").mkdir(parents=True)
+    assert studies.main(["score", str(run), "--data-dir", str(tmp_path / "other")]) == 2
+    assert "SST-2/dev.tsv is not in" in capsys.readouterr().err
+    assert not (run / "scores.json").exists()
+    shutil.copy(glue / "SST-2" / "train.tsv", tmp_path / "other" / "SST-2" / "dev.tsv")
+    for folder, split in ((glue, "dev"), (tmp_path / "other", "train")):
+        assert studies.main(["score", str(run), "--data-dir", str(folder), "--device", "cpu"]) == 0
+        record = json.loads((run / "scores.json").read_text())
+        rows = encode_task(load("sst2", split, glue), load_tokenizer(run / "model"), 16)
+        for name, model in (("pruned", run / "model"),
+                            ("dense", compared[0] / "cap-seed0" / "teacher")):
+            wanted = cap_min.evaluate(from_pretrained(model), "sst2", {"dev": rows})
+            assert record[name] == wanted
+            assert split == "train" or wanted == first[name]
+        assert record["examples"] == {"train": 88, "dev": len(rows)}
+        assert record["config"] == first["config"] | {"data_dir": str(folder)}
+        assert record["seed"] == 0 and record["source_sha256"] != first["source_sha256"]
+
+
 # ----------------------------------------------------------------------------- forms
 
 
