@@ -12,7 +12,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -58,22 +57,20 @@ TINY = BertConfig(vocab_size=len(PIECES), hidden_size=16, num_hidden_layers=2,
 
 
 @pytest.fixture(scope="session")
-def vocab(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
-    path.write_text("\n".join(PIECES) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory, vocab):
+def pretrained(tmp_path_factory):
     """Folder of a tiny BERT with random weights; its 3 labels fit no task that is run here."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     model = BertClassifier(BertConfig(**{**vars(TINY), "num_labels": 3}))
     model.bert.encoder.layer[0].output.dense.weight.data[0, 0] = 0  # which is not pruned
     save_pretrained(model, folder)
-    (folder / "vocab.txt").write_bytes(vocab.read_bytes())
+    (folder / "vocab.txt").write_text("\n".join(PIECES) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def vocab(pretrained):
+    return pretrained / "vocab.txt"
 
 
 @pytest.fixture(scope="session")
@@ -115,32 +112,22 @@ def test_mask_takes_tied_scores_by_index():
 
 
 def test_straight_through_gradients():
-    """y = (W * M) x with W = (2, -3), M = (1, 0), x = (5, 7): y = 10 and dy/dW' = x, so
-    dy/dS = dy/dW' * W = (5 * 2, 7 * -3) and dy/dW = dy/dW' * M = (5, 0). dy/dW' is left as it
-    was, since others may read it. Eq. (2)."""
-    weight = tensor([2.0, -3.0]).requires_grad_()
-    scores = tensor([0.0, 0.0]).requires_grad_()
-    masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool))
-    x = tensor([5.0, 7.0])
-    assert (masked @ x).item() == 10
-    masked.backward(x)
-    assert scores.grad.tolist() == [10, -21]
-    assert weight.grad.tolist() == [5, 0]
-    assert x.tolist() == [5, 7]
-
-
-def test_straight_through_under_autocast():
-    """1 + 2^-10 is 1 in bf16: so is W' in the product, but the score's gradient has the whole W:
-    dL/dS = 2 (1 + 2^-10), and dL/dW = 2; both in fp32."""
-    weight = torch.tensor([1 + 2 ** -10, 3.0], requires_grad=True)
+    """y = (W * M) x with W = (1 + 2^-10, -3), M = (1, 0), x = (5, 7): dy/dW' = x, so dy/dS =
+    dy/dW' * W = (5 + 5 * 2^-10, 7 * -3) and dy/dW = dy/dW' * M = (5, 0), in fp32. Autocast has
+    the product in bf16, where 1 + 2^-10 is 1 and y = 5. dy/dW' is left as it was, since others may
+    read it. Eq. (2)."""
+    weight = torch.tensor([1 + 2 ** -10, -3.0], requires_grad=True)
     scores = torch.zeros(2, requires_grad=True)
+    x = torch.tensor([5.0, 7.0])
     with torch.autocast("cpu", torch.bfloat16):
         masked = StraightThrough.apply(weight, scores, tensor([1, 0], torch.bool))
-        product = torch.full((1, 2), 2.0) @ masked[:, None]
-    assert product.dtype == torch.bfloat16 and product.item() == 2
-    product.backward()
-    assert weight.grad.tolist() == [2, 0] and weight.grad.dtype == torch.float32
-    assert scores.grad.tolist() == [2 + 2 ** -9, 6]
+        y = masked @ x
+    assert masked.tolist() == [1 + 2 ** -10, 0]
+    assert y.dtype == torch.bfloat16 and y.item() == 5
+    masked.backward(x)
+    assert scores.grad.tolist() == [5 + 5 * 2 ** -10, -21]
+    assert weight.grad.tolist() == [5, 0]
+    assert x.tolist() == [5, 7]
 
 
 def test_magnitude_start_of_scores():
@@ -158,11 +145,8 @@ def test_soft_masks_and_their_cut():
     way to sparsity 1/6 the threshold is almost 0.1 just before 5/6, where the largest below it is
     added. The penalty is half of lambda_f, halfway to that sparsity, times the mean of 0.25 / 2 and
     1.89 / 4. Eq. (8)."""
-    model = nn.ModuleDict({"bert": nn.ModuleDict({"encoder": nn.ModuleList([
-        nn.Linear(2, 1), nn.Linear(2, 2)])})})
-    model.bert, model.bert.embeddings = model["bert"], nn.Identity()
-    add_masks(model, "zero")
-    first, second = (layer.parametrizations.weight[0] for layer in model["bert"]["encoder"])
+    first, second = Mask(torch.zeros(1, 2), "zero"), Mask(torch.zeros(2, 2), "zero")
+    model = nn.ModuleList([first, second])
     first.scores.data = torch.logit(torch.tensor([[0.05, 0.2]]))
     second.scores.data = torch.logit(torch.tensor([[0.5, 0.6], [0.09, 0.7]]))
     for density, sparsity, wanted in (
@@ -255,52 +239,41 @@ def test_positives_with_the_same_label():
 def test_supcon_divides_by_the_batch():
     """The two forms differ in the divisor alone: official * sum |P_i| = supcon * B. With two
     anchors of one label and one drawn row of another, P^s_i is the other anchor and both bank
-    rows: sum |P^s_i| = 6, sum |P^u_i| = 2, B = 2. Eq. (7)."""
+    rows: sum |P^s_i| = 6, B = 2. Eq. (7)."""
     case = ([EAST, NORTH], [0, 1], [[EAST], [NORTH], [WEST]], [1, 1, 0], [2])
-    official, supcon = loss_2d(*case), loss_2d(*case, norm="supcon")
-    assert official[0].item() * 2 == pytest.approx(supcon[0].item() * 2)
-    assert official[1].item() * 6 == pytest.approx(supcon[1].item() * 2)
+    (_, official), (_, supcon) = loss_2d(*case), loss_2d(*case, norm="supcon")
+    assert official.item() * 6 == pytest.approx(supcon.item() * 2)
 
 
 # ------------------------------------------------------------------------ total loss
 
-def test_distillation():
-    """T = 2, teacher logits (2 log 3, 0), student (0, 0): softmax at T gives (3/4, 1/4) and
-    (1/2, 1/2); T^2 KL = 4 (3/4 log(3/2) + 1/4 log(1/2)) = 0.5232. Eq. (8)."""
-    value = distillation_loss(tensor([[0.0, 0.0]]), tensor([[2 * math.log(3), 0.0]]), 2.0)
-    assert value.item() == pytest.approx(0.52325, abs=1e-5)
-    assert distillation_loss(tensor([[1.0]]), tensor([[3.0]])).item() == 4  # regression: 2^2
-
-
-def cap_case(without=(), snapshots=1, rows=(EAST, EAST, EAST, EAST)):
-    """Arguments of `cap_terms`: banks of 4 examples, of which the second is the one anchor."""
-    args = cap_min.parse(["--w-unsup", "0.5", "--w-sup", "7", "--extra", "2"])
-    args.without = list(without)
-    counts = {"prc": 1, "snc": snapshots, "fic": 1}
-    banks = {name: [to_bank(torch.tensor(rows))] * count for name, count in counts.items()
-             if name not in without}
-    labels = tensor([0, 1, 1, 0], LONG)
-    batch = {"index": tensor([1], LONG), "labels": labels[1:2]}
-    teacher_logits = torch.tensor([[0, 0], [2 * math.log(3), 0], [0, 0], [0, 0]])
-    return (torch.zeros(1, 2), torch.tensor([[1.0, 0.5]], requires_grad=True), batch,
-            Ancestors(banks, teacher_logits, labels), tensor([2, 0], LONG), args)
-
-
 def test_total_loss():
-    """CE of logits (0, 0) is log 2; KD is that of the test above. All bank rows are equal, so
-    p = 1/C. PrC and FiC: C = 1 + 2, of which the anchor's own is in P^u and one more in P^s:
-    L^u = log 3, L^s = log 3 / 2. SnC, K = 2, draws 2 / K = 1 example, of the anchor's label:
-    C = 2 + 2, L^u = log 4 / 2, L^s = log 4 / 4. With w_u = 1/2, w_s = 7: 4 log 3 and 2 log 4.
-    Before there is a snapshot, SnC is absent. Eq. (8)."""
-    terms = cap_terms(*cap_case(snapshots=2))
+    """Softmax of the logits (0, 2 log 2) is (1/5, 4/5): CE = log(5/4). KD, teacher logits (2 log 3,
+    0), T = 2: softmax gives (3/4, 1/4) and (1/3, 2/3), T^2 KL = 4 (3/4 log(9/4) + 1/4 log(3/8));
+    T = 1: (9/10, 1/10) and (1/5, 4/5); of a regression 2^2. Of 4 examples the second is the anchor;
+    all bank rows are equal, so p = 1/C. PrC and FiC: C = 1 + 2, of which the anchor's own is in P^u
+    and one more in P^s: L^u = log 3, L^s = log 3 / 2. SnC, K = 2, draws 2 / K = 1 example, of the
+    anchor's label: C = 2 + 2, L^u = log 4 / 2, L^s = log 4 / 4. With w_u = 1/2, w_s = 7: 4 log 3
+    and 2 log 4. Before there is a snapshot, SnC is absent. Eq. (8)."""
+    args = cap_min.parse(["--w-unsup", "0.5", "--w-sup", "7", "--extra", "2"])
+    bank, labels = to_bank(torch.tensor([EAST] * 4)), tensor([0, 1, 1, 0], LONG)
+    teacher_logits = tensor([[0, 0], [2 * math.log(3), 0], [0, 0], [0, 0]])
+    ancestors = Ancestors({"prc": [bank], "snc": [bank] * 2, "fic": [bank]}, teacher_logits, labels)
+    logits, pooled = tensor([[0, 2 * math.log(2)]]), torch.tensor([[1.0, 0.5]])
+    batch = {"index": tensor([1], LONG), "labels": labels[1:2]}
+    case = (logits, pooled, batch, ancestors, tensor([2, 0], LONG), args)
+    terms = cap_terms(*case)
     assert list(terms) == ["ce", "kd", "prc", "snc", "fic"]
-    wanted = [0.1 * math.log(2), 0.9 * 0.52325, 4 * math.log(3), 2 * math.log(4), 4 * math.log(3)]
-    assert [term.item() for term in terms.values()] == pytest.approx(wanted, abs=1e-4)
-    assert set(cap_terms(*cap_case(snapshots=0))) == {"ce", "kd", "prc", "fic"}
-    *case, args = cap_case(without=("prc", "snc", "fic"))
-    args.kd_temperature = 1.0  # softmax of (2 log 3, 0): (9/10, 1/10)
-    wanted = 0.9 * (0.9 * math.log(1.8) + 0.1 * math.log(0.2))
-    assert cap_terms(*case, args)["kd"].item() == pytest.approx(wanted)
+    kd = 4 * (0.75 * math.log(9 / 4) + 0.25 * math.log(3 / 8))
+    wanted = [0.1 * math.log(5 / 4), 0.9 * kd, 4 * math.log(3), 2 * math.log(4), 4 * math.log(3)]
+    assert [term.item() for term in terms.values()] == pytest.approx(wanted)
+    ancestors.banks["snc"] = []
+    args.kd_temperature = 1.0
+    terms = cap_terms(*case)
+    assert set(terms) == {"ce", "kd", "prc", "fic"}
+    kd = 0.9 * math.log(9 / 2) + 0.1 * math.log(1 / 8)
+    assert terms["kd"].item() == pytest.approx(0.9 * kd)
+    assert distillation_loss(tensor([[1.0]]), tensor([[3.0]])).item() == 4
 
 
 # --------------------------------------------------------------- structured pruning
@@ -312,8 +285,7 @@ def test_units_are_ranked_over_all_layers():
     importances = [tensor([3.0, 4.0]), tensor([0.0, 10.0])]
     kept = [[mask.tolist() for mask in cap_min.most_important(importances, count)]
             for count in (0, 1, 2, 3)]
-    assert kept == [[[False, False], [False, False]], [[False, False], [False, True]],
-                    [[False, True], [False, True]], [[True, True], [False, True]]]
+    assert kept == [[[0, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [0, 1]], [[1, 1], [0, 1]]]
     fours, two = cap_min.most_important([torch.ones(4), tensor([100.0, 200.0])], 5)
     assert fours.tolist() == [True] * 4 and two.tolist() == [False, True]
     assert cap_min.most_important([torch.zeros(2), tensor([1.0, 2.0])], 2)[1].tolist() == [True] * 2
@@ -369,15 +341,12 @@ def test_pair_truncation_takes_from_the_longer(vocab):
 # --------------------------------------------------------------------------- metrics
 
 def test_metrics():
-    """Predictions 1 1 0 0 for labels 1 0 1 0: half right; 1 true of 2 predicted and 2 real
-    positives, F1 = 2 / 4; as many agreements as chance, Matthews 0. Predicting 1 1 1 0 for
-    1 1 0 0: TP 2, FP 1, TN 1, FN 0, F1 = 4 / 5, Matthews 2 / sqrt(3 * 2 * 2 * 1) = 0.577.
+    """Predictions 1 1 1 0 for labels 1 0 0 1: one of four right; TP 1, FP 2, FN 1, TN 0, so F1 =
+    2 / (2 + 2 + 1), Matthews -2 / sqrt(3 * 2 * 2 * 1) = -0.577, and 0 where all labels are alike.
     (1, 2, 9) and (1, 2, 3) have the same order: Spearman 1. Pearson: x - 4 = (-3, -2, 5),
     y - 2 = (-1, 0, 1), 8 / sqrt(38 * 2) = 0.918. Tied values share their mean rank."""
-    assert score("mrpc", [1, 1, 0, 0], [1, 0, 1, 0]) == {"accuracy": 0.5, "f1": 0.5}
-    assert score("cola", [1, 1, 0, 0], [1, 0, 1, 0]) == {"matthews": 0}
-    assert score("mrpc", [1, 1, 1, 0], [1, 1, 0, 0])["f1"] == pytest.approx(0.8)
-    assert score("cola", [1, 1, 1, 0], [1, 1, 0, 0])["matthews"] == pytest.approx(2 / 12 ** 0.5)
+    assert score("mrpc", [1, 1, 1, 0], [1, 0, 0, 1]) == {"accuracy": 0.25, "f1": 0.4}
+    assert score("cola", [1, 1, 1, 0], [1, 0, 0, 1])["matthews"] == pytest.approx(-2 / 12 ** 0.5)
     assert score("cola", [1, 1], [1, 0]) == {"matthews": 0}
     got = score("stsb", [1, 2, 9], [1, 2, 3])
     assert got == {"pearson": pytest.approx(8 / 76 ** 0.5), "spearman": pytest.approx(1)}
@@ -391,8 +360,8 @@ def test_metrics():
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
 def test_mask_is_the_head_of_a_stable_sort(size, density):
     """For any scores, few distinct ones and periodic ones (which mislead a strided sample) too,
-    the mask marks the first k of a stable descending sort, alone and among others of its size, by
-    what runs on a CPU and by what runs on a GPU. Eq. (1)."""
+    the mask of each of two matrices marks the first k of a stable descending sort, by what runs on
+    a CPU and by what runs on a GPU. Eq. (1)."""
     torch.manual_seed(size)
     k = max(1, round(density * size))
     for scores in (torch.randn(size), torch.randint(0, 3, (size,)).float(),
@@ -402,7 +371,6 @@ def test_mask_is_the_head_of_a_stable_sort(size, density):
         wanted.scatter_(1, rows.sort(descending=True, stable=True).indices[:, :k], True)
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
             rows = rows.to(device)
-            assert torch.equal(topk_mask(rows[0], density).cpu(), wanted[0])
             masks = torch.stack(cap_min.topk_masks(list(rows), density))
             assert torch.equal(masks.cpu(), wanted)
             assert torch.equal(cap_min.largest_of_rows(rows, k).cpu(), wanted)
@@ -441,14 +409,14 @@ def test_masked_weights_get_no_gradient_and_stay_zero_in_the_export(score_init):
 
 # -------------------------------------------------------------------- snapshot banks
 
-def toy_data(vocab, count=10):
-    examples = [Example("good " * (1 + i % 5), None, i % 2) for i in range(count)]
+def toy_data(vocab):
+    examples = [Example("good " * (1 + i % 5), None, i % 2) for i in range(10)]
     return encode_task(examples, WordPiece(vocab), max_length=16)
 
 
 def test_encode_is_deterministic_and_restores_the_mode(vocab):
-    """Dropout is on in the training model, off in `encode`; its rows are the model's pooled
-    vectors in the order of the data, whatever the batches, which are filled up to `tokens`."""
+    """Dropout is on in the training model, off in `encode`; its rows are in the order of the data,
+    whatever the batches, which are filled up to `tokens`."""
     torch.manual_seed(0)
     model, data = BertClassifier(TINY).train(), toy_data(vocab)
     first, sizes = encode(model, data), []
@@ -457,10 +425,7 @@ def test_encode_is_deterministic_and_restores_the_mode(vocab):
     assert max(sizes) <= 17 and len(sizes) < len(data)
     assert model.training and not first.requires_grad
     assert torch.allclose(first, second, atol=1e-6)
-    batch = data.batch(tensor([4], LONG))
-    alone = model.eval()(*cap_min.inputs(batch))[1]
-    assert torch.allclose(first[4], alone[0], atol=1e-6)
-    encode(model, data)
+    encode(model.eval(), data)
     assert not model.training
 
 
@@ -481,8 +446,6 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab, tmp_path):
     run, cpu = toy_run(tmp_path), torch.device("cpu")
     cap_min.store_ancestors(run, model, teacher, data)
     ancestors = cap_min.load_ancestors(run, data, cpu)
-    assert {name: len(bank) for name, bank in ancestors.banks.items()} == {
-        "prc": 1, "snc": 0, "fic": 1}
     snapshots = [BertClassifier(config), BertClassifier(config)]
     for snapshot in snapshots:
         cap_min.add_snapshot(run, snapshot, data, ancestors)
@@ -512,8 +475,7 @@ def test_importance_is_the_gradient_of_a_mask(vocab, tmp_path, monkeypatch):
     run.args.without = ["prc", "snc", "fic", "kd"]
     ancestors = Ancestors({}, None, data.labels)
     heads, neurons = cap_min.importance(run, model, data, ancestors)
-    masks = [torch.ones(2, dtype=DOUBLE, requires_grad=True),
-             torch.ones(32, dtype=DOUBLE, requires_grad=True)]
+    masks = [torch.ones(count, dtype=DOUBLE, requires_grad=True) for count in (2, 32)]
     layer = model.bert.encoder.layer[1]
     layer.attention.output.dense.register_forward_pre_hook(
         lambda module, given: given[0] * masks[0].repeat_interleave(8))
@@ -562,7 +524,6 @@ def test_removed_units_compute_as_masked_ones(tmp_path):
     save_pretrained(small, tmp_path)
     loaded = from_pretrained(tmp_path)
     assert loaded.config.layer_sizes == [[1, 0], [0, 16]]
-    assert sum(p.numel() for p in loaded.bert.encoder.parameters() if p.ndim == 2) == 1024
     assert (loaded.eval()(*batch)[0] - masked(*batch)[0]).abs().max() < 1e-6
 
 
@@ -596,29 +557,24 @@ def test_sparse_forward_is_the_dense_one(monkeypatch):
 # --------------------------------------------------------------------------- batches
 
 def test_every_example_once_an_epoch_among_its_likes(vocab):
-    """Batches are padded to their longest example. Lengths 1 ... 5 + 2 special ids, shuffled,
-    fill 5 of 7 places on average; bucketed by length more than 95 %."""
-    data = toy_data(vocab, 1000)
-    seen, padded = [], 0
-    for batch in batches(data, 20, seed=0):
-        lengths = batch["attention_mask"].sum(1)
-        padded += batch["attention_mask"].numel()
-        assert batch["input_ids"].shape == (len(lengths), lengths.max())
+    """Batches are padded to their longest example: ids, mask and segments with 0. Pairs of 5 ... 9
+    ids, 200 of each, shuffled, fill 7 of 9 places on average; bucketed by length more than 95 %,
+    but not all, since some batches of 30 hold two lengths."""
+    examples = [Example("good " * (1 + i % 5), "bad", i % 2) for i in range(1000)]
+    tokenizer, seen, padded = WordPiece(vocab), [], 0
+    data = encode_task(examples, tokenizer)
+    for batch in batches(data, 30, seed=0):
+        longest = int(data.lengths[batch["index"]].max())
+        padded += batch["input_ids"].numel()
         seen += batch["index"].tolist()
         for row, i in enumerate(batch["index"].tolist()):
-            tokens = data.tokens[data.starts[i]:][:data.lengths[i]].tolist()
-            assert batch["input_ids"][row, :lengths[row]].tolist() == tokens
+            ids, segments = tokenizer.encode("good " * (1 + i % 5), "bad")
+            padding = [0] * (longest - len(ids))
+            assert batch["input_ids"][row].tolist() == ids + padding
+            assert batch["token_type_ids"][row].tolist() == segments + padding
+            assert batch["attention_mask"][row].tolist() == [1] * len(ids) + padding
             assert batch["labels"][row] == i % 2
-    assert sorted(seen) == list(range(1000)) and len(data.tokens) / padded > 0.95
-
-
-def test_segments_of_a_pair(vocab):
-    """Segment 0 up to the first [SEP], 1 up to the second, 0 where there is padding."""
-    examples = [Example("good film", "bad", 1), Example("a", "b", 0)]
-    batch = encode_task(examples, WordPiece(vocab)).batch(tensor([0, 1], LONG))
-    assert torch.equal(batch["input_ids"] != 0, batch["attention_mask"] == 1)
-    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0]]
-    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+    assert sorted(seen) == list(range(1000)) and 0.95 < len(data.tokens) / padded < 1
 
 
 # ------------------------------------------------------------------------ embeddings
@@ -646,16 +602,13 @@ def test_dropout_keeps_its_share_and_the_mean():
 CASES = json.loads((HERE / "fixtures" / "contrastive_cases.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_published_loss(case, listed):
+def test_published_loss(case):
     """Values and gradients that the published code gives for seeded inputs: K = 1 to 3 ancestors,
-    in one tensor or a list of K, rows drawn again, several tau and weights. Eq. (4) to (7)."""
-    bank = tensor(case["bank"])
+    rows drawn again, several tau and weights. Eq. (4) to (7)."""
     queries = tensor(case["queries"]).requires_grad_()
     index, labels = tensor(case["batch_index"], LONG), tensor(case["bank_labels"], LONG)
-    unsup, sup = contrastive_loss(queries, index, labels[index],
-                                  list(bank.unbind(1)) if listed else bank, labels,
+    unsup, sup = contrastive_loss(queries, index, labels[index], tensor(case["bank"]), labels,
                                   tensor(case["extra_index"], LONG), case["temperature"])
     total = case["w_unsup"] * unsup + case["w_sup"] * sup
     for name, value in (("unsup", unsup), ("sup", sup), ("total", total)):
@@ -845,8 +798,7 @@ def steps_of(run):
 
 
 def test_run_folder(finished):
-    """It holds the model, its teacher, the configuration, the record with its keys, the log and a
-    curve in XML. What was left to the program is settled: a short run starts from magnitudes."""
+    """Its files; what was left to the program is settled: a short run starts from magnitudes."""
     assert {path.name for path in finished.iterdir()} == {
         "teacher", "model", "config.json", "record.json", "log.jsonl", "curve.svg"}
     xml.dom.minidom.parse(str(finished / "curve.svg"))
@@ -933,10 +885,8 @@ def test_run_is_reproducible_and_finished_only_once(method, sparsity, kept, whol
 
 def test_recipe(capsys):
     """The defaults are those of the paper's MNLI: 10 epochs of 392,702 rows in batches of 32 are
-    122,720 steps, scores from 0; below 30,000 steps from the magnitude. Weights and scores have
-    a learning rate each; the encoder's matrices have scores, the embeddings are frozen. There are
-    at most 30 flags, which refuse what they do not know. CAP-f and the demo have defaults of their
-    own, which an option overrides."""
+    122,720 steps, scores from 0; below 30,000 steps from the magnitude. The encoder's 12 matrices
+    have scores. CAP-f and the demo have defaults of their own, which an option overrides."""
     args = cap_min.parse(["--task", "mnli"])
     assert len(vars(args)) <= 30 and (args.model, args.data_dir) == ("bert-base-uncased", None)
     assert (args.method, args.sparsity, args.w_unsup, args.w_sup) == ("soft", 0.97, 0.1, 10)
@@ -1004,18 +954,15 @@ def test_soft_run(command, tmp_path, monkeypatch):
     assert all(4096 * fraction <= round(4096 * density)
                for fraction, density in zip(kept, densities))
     assert kept[10] < 0.1 and kept[11:] == [pytest.approx(round(0.1 * 4096) / 4096)] * 3
-    assert record_of(tmp_path)["sparsity"]["kept"] == round(0.1 * 4096)
 
 
 def test_structured_run(whole, pretrained):
     """At 25 %, floor(0.75 * 4) = 3 of 4 heads and 48 of 64 neurons are left after the stages of 10
-    and 20 %, each of which is a snapshot for the next. The files are that much smaller, the record
-    counts what is gone, the embeddings are as they were."""
+    and 20 %, each of which is a snapshot for the next; the embeddings are as they were."""
     out, before = whole("structured"), from_pretrained(pretrained, 2)
     assert record_of(out)["sparsity"]["total"] == 0.25
     model = from_pretrained(out / "model", None)
     assert [sum(sizes) for sizes in zip(*model.config.layer_sizes)] == [3, 48]
-    assert sum(layer.weight.numel() for layer in encoder_linears(model).values()) == 0.75 * 4096
     lines = [line for line in log_of(out) if "dev" in line]
     assert [(line["step"], line["epoch"]) for line in lines] == [(6, 0), (13, 1), (20, 2)]
     kept = [line["kept"] for line in lines]
@@ -1149,10 +1096,10 @@ def kill_after(log, lines, seconds, started):
 def test_killed_at_any_moment_the_run_ends_the_same(whole, command, tmp_path):
     """SIGKILL comes thrice, up to 20 ms after a line of the log, while every step saves: within a
     step, or within a save, of which a torn file stays, which does no harm."""
-    options, chance = command(tmp_path, "soft", "--checkpoint-minutes", "0"), random.Random(1)
+    options = command(tmp_path, "soft", "--checkpoint-minutes", "0")
     (tmp_path / ".config.json.tmp").write_bytes(b"torn")
-    for lines in (4, 16, 24):
-        kill_after(tmp_path / "log.jsonl", lines, chance.uniform(0, 0.02), start(options))
+    for lines, seconds in ((4, 0.003), (16, 0.017), (24, 0.015)):
+        kill_after(tmp_path / "log.jsonl", lines, seconds, start(options))
         (tmp_path / "checkpoint" / ".state.pt.tmp").write_bytes(b"torn")
     assert ends(start(options)) == [0]
     assert_same(whole("soft"), tmp_path)
@@ -1231,7 +1178,6 @@ def test_two_processes_train_as_one(method, finished, command, pretrained, tmp_p
                "--lr", "1e-5"]
     one, two, both = (command(tmp_path / name, method, *options) for name in ("one", "two", "both"))
     assert main(one) == 0 and ends(start(two, 2)) == [0, 0]
-    assert "2 processes" in record_of(tmp_path / "two")["versions"]["machine"]
     if method == "movement":
         both += ["--checkpoint-minutes", "0"]
         kill_after(tmp_path / "both" / "log.jsonl", 45, 0, start(both, 2))
@@ -1278,12 +1224,11 @@ def test_a_machine_that_does_not_share_the_run_folder(command, tmp_path, monkeyp
 
 # --------------------------------------------------------------------- other devices
 
-@pytest.mark.parametrize("method", ["movement", "soft"])
-def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
+def test_a_step_reads_nothing_back(vocab, monkeypatch):
     """Nor does it mix devices: on torch's meta device, whose tensors have no content, either
     raises. So the CPU never waits for a GPU between two log lines."""
     monkeypatch.setattr(cap_min, "autocast", lambda device, dtype: contextlib.nullcontext())
-    args, meta = cap_min.parse(["--method", method]), torch.device("meta")
+    args, meta = cap_min.parse([]), torch.device("meta")
     model, data = BertClassifier(TINY), toy_data(vocab).to(meta)
     add_masks(model, "zero")
     model.to(meta)
@@ -1291,10 +1236,8 @@ def test_a_step_reads_nothing_back(method, vocab, monkeypatch):
     ancestors = Ancestors(dict.fromkeys(("prc", "snc", "fic"), bank),
                           torch.zeros(10, 2, device=meta), data.labels)
     batch = next(batches(data, 4, seed=0))
-    if method == "soft":
-        cap_min.set_soft_masks(model, 0.3, 0.9)
-    else:
-        set_masks(model, 0.3)
+    set_masks(model, 0.3)
+    cap_min.set_soft_masks(model, 0.3, 0.9)
     terms, _ = cap_min.batch_terms(model, batch, ancestors, np.random.default_rng(0), args)
     terms["l1"] = cap_min.soft_penalty(model, 0.3, args)
     sum(terms.values()).backward()
@@ -1587,10 +1530,6 @@ def test_pickles_of_other_things_are_refused(content, tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------- download
 
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def test_a_download_that_fails_leaves_nothing(tmp_path):
     """An answer that is not HTTP: a sentence names address, cause and where to put the file."""
     path, server = tmp_path / "cache" / "big", socket.create_server(("127.0.0.1", 0))
@@ -1622,7 +1561,7 @@ def test_bert_base_is_downloaded_by_name(served, pretrained, monkeypatch):
     """Three files, each with its SHA-256; what is there is not asked for again."""
     shutil.copytree(pretrained, served, dirs_exist_ok=True)
     names = ("config.json", "vocab.txt", "model.safetensors")
-    right = {name: sha256(served / name) for name in names}
+    right = {name: hashlib.sha256((served / name).read_bytes()).hexdigest() for name in names}
     monkeypatch.setattr(bert_min, "BERT_BASE_FILES", right | {"vocab.txt": "0" * 64})
     with pytest.raises(OSError, match=r"vocab.txt could not be downloaded \(invalid hash"):
         from_pretrained("bert-base-uncased")
@@ -1659,11 +1598,12 @@ def test_glue_archives_are_downloaded_and_read(served, glue, monkeypatch):
     """SST-2's zip gives its two files; snli is not downloaded; what was put there by hand and is no
     zip, or another one, is named."""
     shutil.make_archive(str(served / "SST-2"), "zip", glue)
-    monkeypatch.setitem(data_glue.SHA256, "SST-2.zip", sha256(served / "SST-2.zip"))
+    whole = (served / "SST-2.zip").read_bytes()
+    monkeypatch.setitem(data_glue.SHA256, "SST-2.zip", hashlib.sha256(whole).hexdigest())
     assert all(load("sst2", split) == load("sst2", split, glue) for split in ("train", "dev"))
     with pytest.raises(FileNotFoundError, match="snli/dev.tsv is not in .*glue, or damaged"):
         load("snli", "dev")
-    whole, path = (served / "SST-2.zip").read_bytes(), served.parent / "cache" / "glue" / "RTE.zip"
+    path = served.parent / "cache" / "glue" / "RTE.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("RTE/dev.tsv", "good")
     for content in (b"<html>", path.read_bytes().replace(b"good", b"bad!"), whole):
