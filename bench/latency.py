@@ -3,6 +3,7 @@ neurons, beside transformers' dense forward.
 
 Run:  pip install -r bench/requirements.txt
       python bench/latency.py runs/sst2-0.97-seed0           a finished run of cap_min.py
+      python bench/latency.py runs/lower --dense TEACHER     the same beside another dense model
       python bench/latency.py MODEL                          a model's folder, or random-base for
                                                              random weights in BERT-base's sizes:
                                                              pruned by magnitude to 97 %
@@ -10,8 +11,8 @@ Writes results/latency-NAME.json and prints it as a table. The columns:
     transformers fp32, bf16   the dense model: the pruned weights as they are, zeros included, or,
                               where heads and neurons are gone, the fine-tuned one of full size
     ours                      bert_min.to_sparse of the run's model, fp32: CSR where little is left.
-                              Its logits are compared with transformers', or where heads and neurons
-                              are gone with those of the same weights, not in CSR
+                              Its logits are compared with transformers', or where the dense model
+                              is another with those of the same weights, not in CSR
 One form is timed for a while, then the next, in several rounds; a figure is the median over the
 rounds of a round's median, a ratio the median of the rounds' ratios: read ratios. All is done
 with one thread and with all: on a shared machine a second core comes and goes."""
@@ -120,6 +121,7 @@ def measure(options, device):
     """The record: sizes, and for each batch and length {form: ms}, ratios, logit difference."""
     with tempfile.TemporaryDirectory() as scratch:
         pruned, dense = folders(options.run, Path(scratch))
+        dense = options.dense or dense
         sizes = file_sizes(pruned)
         functions, reference = forms(pruned, dense, device)
     config, rows = reference.config, []
@@ -131,9 +133,9 @@ def measure(options, device):
         ids = torch.randint(1, config.vocab_size, (batch, length), device=device)
         mask = torch.ones_like(ids)
         ms, ratios = time_forms(functions, ids, mask, options)
-        if config.layer_sizes is None:
+        if dense == pruned:
             wanted = functions["transformers fp32"](ids, mask)
-        else:  # the dense model has other weights
+        else:  # which has other weights
             wanted = reference(ids, mask)[0]
         difference = (functions["ours"](ids, mask) - wanted).abs().max().item()
         rows.append({"threads": threads, "batch": batch, "length": length, "ms": ms,
@@ -150,6 +152,7 @@ def measure(options, device):
 def main():
     parser = argparse.ArgumentParser(description="Latency of a pruned model.")
     parser.add_argument("run", help="run folder of cap_min.py, model folder, or random-base")
+    parser.add_argument("--dense", type=Path, help="folder of the dense model; None: the run's")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 384])
     parser.add_argument("--threads", type=int, nargs="+",

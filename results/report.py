@@ -186,23 +186,22 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
-def answer_table():
-    """One column for each score of a task: the teacher and pruned models, mean and standard
-    deviation, and the differences of ADDED, paired by seed."""
-    names = ARMS_AND_DENSE | {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
-    head, rows = ["dev score, %", "seeds"], {}
+def answer_table(folder, others):
+    """One column for each score of a task: the teacher, ARMS and others {name in the files of a
+    folder of results/: name of the row}, mean and standard deviation, and the differences of ADDED,
+    paired by seed."""
+    names = ARMS_AND_DENSE | others
+    head, rows = ["dev score, %"], {}
     for task in ("mnli", "qqp", "sst2"):
-        found = comparison(f"answer/{task}-")
+        found = comparison(f"{folder}/{task}-")
         for metric in found["dense"][0]["pruned"]:
             head.append(f"{task}, {metric}")
             scores = {arm: percents(found[arm], metric) for arm in names}
             for arm, name in names.items():
-                row = rows.setdefault(name, [name, str(len(scores[arm]))])
-                row.append(spread(scores[arm].values()))
+                rows.setdefault(name, [name]).append(spread(scores[arm].values()))
             for name, (arm, other) in ADDED.items():
                 assert scores[arm].keys() == scores[other].keys(), f"{task}: {arm} and {other}"
-                row = rows.setdefault(name, [name, str(len(scores[arm]))])
-                row.append(difference(scores[arm], scores[other]))
+                rows.setdefault(name, [name]).append(paired(scores[arm], scores[other]))
     return table(head, rows.values())
 
 
@@ -496,17 +495,72 @@ def structured_table():
     return table(["encoder weights left", *STRUCTURED.values()], rows)
 
 
+TIMED = {  # record in results/, all of one teacher: name of its row
+    "structured/sst2-cap-50-seed0": "CAP-f", "structured/sst2-cap-80-seed0": "CAP-f",
+    "structured/sst2-cap-seed0": "CAP-f", "structured/sst2-lower3-seed0": "lowest 3 layers",
+    "structured/sst2-lower1-seed0": "lowest layer", "sparsity/sst2-soft-kd-90-seed0": "soft + KD"}
+
+
+def timed_models():
+    """[(name, fraction of the teacher's encoder weights that is left, accuracy on all held-out
+    rows, {(batch, length, number type): how many times as fast as the dense model})] of TIMED, the
+    teacher first. AssertionError unless all have one teacher and were timed on one machine."""
+    records = {run: read_json(HERE / f"{run}.json") for run in TIMED}
+    latencies = {run: read_json(HERE / f"structured/latency/{Path(run).name}.json")
+                 for run in TIMED}
+    assert len({str(record["dense"]) for record in records.values()}) == 1, "other teachers"
+    assert len({latency["processor"] for latency in latencies.values()}) == 1, "other machines"
+    weights = max(record["sparsity"]["weights"] for record in records.values())
+    dense = next(iter(records.values()))["dense"]["accuracy"]
+    found = [("dense (the teacher)", 1.0, dense, {})]
+    for run, record in records.items():
+        faster = {}
+        for row in latencies[run]["rows"]:
+            for dtype in ("fp32", "bf16"):
+                ratio = row["ratios"][f"transformers {dtype}"]
+                faster[row["batch"], row["length"], dtype] = ratio
+        found.append((TIMED[run], record["sparsity"]["kept"] / weights,
+                      record["pruned"]["accuracy"], faster))
+    return found
+
+
+def speed_table():
+    """One row for each model that was timed: its score, and how many times as fast it is."""
+    columns, rows = [(1, 32, "fp32"), (8, 128, "fp32"), (1, 32, "bf16"), (8, 128, "bf16")], []
+    for name, left, accuracy, faster in timed_models():
+        row = [name, f"{left:.0%}", f"{100 * accuracy:.1f}"]
+        for column in columns:
+            row.append(f"{faster[column]:.1f}" if faster else "1")
+        rows.append(row)
+    return table(["sst2, one seed", "encoder weights left", "accuracy, 8,000 held-out rows",
+                  *(f"{batch} x {length}, {dtype}" for batch, length, dtype in columns)], rows)
+
+
 def draw_structured():
-    """results/structured.svg: a dot for each density, a line for each of STRUCTURED."""
+    """results/structured.svg: scores over densities, a dot for each and a line for each of
+    STRUCTURED, and over the speed of what was timed."""
     from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(7, 3.2))
+    figure, (densities, speeds) = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for run, scores in structured_scores().items():
-        axis.plot(scores.keys(), scores.values(), "o-", label=STRUCTURED[run])
-    axis.invert_xaxis()
-    axis.set_xlabel("encoder weights left, %")
-    axis.set_ylabel("accuracy on held-out rows, %")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
+        densities.plot(scores.keys(), scores.values(), "o-", label=STRUCTURED[run])
+    densities.invert_xaxis()
+    densities.set_xlabel("encoder weights left, %")
+    densities.set_ylabel("accuracy on 2,000 held-out rows, %")
+    points = {}  # {name: [(speed, score)]}
+    for name, left, accuracy, faster in timed_models():
+        point = faster.get((1, 32, "fp32"), 1), 100 * accuracy
+        points.setdefault(name, []).append(point)
+        speeds.annotate(f"{left:.0%}", point, (4, 5), textcoords="offset points", fontsize=8)
+    for name, found in points.items():
+        speeds.plot(*zip(*found), "o-", label=name)
+    speeds.set_xscale("log")
+    speeds.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    speeds.set_xlabel("times as fast as dense, fp32, one text of 32 tokens")
+    speeds.set_ylabel("accuracy on 8,000 held-out rows, %")
+    speeds.margins(0.1)
+    for axis in (densities, speeds):
+        axis.legend(fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
     save(figure, "structured.svg")
 
 
@@ -587,12 +641,15 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "answer": answer_table, "methods": methods_table,
+WITHOUT_KD = {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
+TABLES = {"demo": demo_table, "methods": methods_table,
+          "answer": lambda: answer_table("answer", WITHOUT_KD),
+          "answer-90": lambda: answer_table("answer-90", {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"),
           "criterion": lambda: forms_table("criterion"), "density": density_table,
-          "terms": terms_table, "structured": structured_table,
+          "terms": terms_table, "structured": structured_table, "speed": speed_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 
 

@@ -117,6 +117,38 @@ def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
         "| 90 % | 90.0 | 70.0 |  |  |", "| 50 % | 80.0 |  | 60.0 |  |", "| 17 % |  |  |  | 40.0 |"]
 
 
+def test_scores_beside_speed(tmp_path, monkeypatch):
+    """Of 8 weights CAP-f has 2 left, and a smaller model all 4 of its own, half of the teacher's.
+    What was timed on another machine, or has another teacher, is refused."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "TIMED", {"cap-f": "CAP-f", "small": "small"})
+    (tmp_path / "structured" / "latency").mkdir(parents=True)
+
+    def write(run, kept, weights, **changes):
+        record = {"dense": {"accuracy": 0.9}, "pruned": {"accuracy": 0.8},
+                  "sparsity": {"kept": kept, "weights": weights}}
+        rows = []
+        for batch, length in ((1, 32), (8, 128)):
+            ratios = {"transformers fp32": 2 * batch, "transformers bf16": batch, "ours": 1}
+            rows.append({"batch": batch, "length": length, "ratios": ratios})
+        latency = {"processor": "fast", "rows": rows}
+        for path, content in ((f"{run}.json", record), (f"structured/latency/{run}.json", latency)):
+            found = {name: changes.get(name, value) for name, value in content.items()}
+            (tmp_path / path).write_text(json.dumps(found))
+
+    write("cap-f", 2, 8)
+    write("small", 4, 4)
+    assert report.speed_table().splitlines()[2:] == [
+        "| dense (the teacher) | 100% | 90.0 | 1 | 1 | 1 | 1 |",
+        "| CAP-f | 25% | 80.0 | 2.0 | 16.0 | 1.0 | 8.0 |",
+        "| small | 50% | 80.0 | 2.0 | 16.0 | 1.0 | 8.0 |"]
+    for change, sentence in (({"processor": "slow"}, "other machines"),
+                             ({"dense": {"accuracy": 1}}, "other teachers")):
+        write("small", 4, 4, **change)
+        with pytest.raises(AssertionError, match=sentence):
+            report.speed_table()
+
+
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows."""
     for folder in ("selection", "other-forms", "criterion"):
