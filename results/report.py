@@ -648,7 +648,8 @@ TABLES = {"demo": demo_table, "methods": methods_table,
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table("selection"),
           "other-forms": lambda: forms_table("other-forms"),
-          "criterion": lambda: forms_table("criterion"), "density": density_table,
+          "criterion": lambda: forms_table("criterion"),
+          "rows-4000": lambda: forms_table("rows-4000"), "density": density_table,
           "terms": terms_table, "structured": structured_table, "speed": speed_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 

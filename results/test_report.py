@@ -151,7 +151,7 @@ def test_scores_beside_speed(tmp_path, monkeypatch):
 
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows."""
-    for folder in ("selection", "other-forms", "criterion"):
+    for folder in ("selection", "other-forms", "criterion", "rows-4000"):
         names = {path.stem.partition("-")[2].rpartition("-")[0]
                  for path in (HERE / folder).glob("*.json")}
         assert names <= set(report.FORM_NAMES)
