@@ -57,8 +57,6 @@ def folders(name, scratch):
     dense = run / "teacher"
     if config["teacher"] is not None:
         dense = ROOT / config["teacher"]
-    if not dense.is_dir():
-        sys.exit(f"{dense}, the dense model that {run} was made from, is not there")
     return run / "model", dense
 
 
@@ -121,7 +119,10 @@ def measure(options, device):
     """The record: sizes, and for each batch and length {form: ms}, ratios, logit difference."""
     with tempfile.TemporaryDirectory() as scratch:
         pruned, dense = folders(options.run, Path(scratch))
-        dense = options.dense or dense
+        if options.dense is not None:
+            dense = options.dense
+        if not Path(dense).is_dir():
+            sys.exit(f"{dense}, the dense model to compare {options.run} with, is not there")
         sizes = file_sizes(pruned)
         functions, reference = forms(pruned, dense, device)
     config, rows = reference.config, []

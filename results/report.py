@@ -514,13 +514,8 @@ def timed_models():
     dense = next(iter(records.values()))["dense"]["accuracy"]
     found = [("dense (the teacher)", 1.0, dense, {})]
     for run, record in records.items():
-        faster = {}
-        for row in latencies[run]["rows"]:
-            for dtype in ("fp32", "bf16"):
-                ratio = row["ratios"][f"transformers {dtype}"]
-                faster[row["batch"], row["length"], dtype] = ratio
         found.append((TIMED[run], record["sparsity"]["kept"] / weights,
-                      record["pruned"]["accuracy"], faster))
+                      record["pruned"]["accuracy"], speedups(latencies[run])))
     return found
 
 
@@ -592,22 +587,33 @@ def throughput_table():
     return table(head, rows)
 
 
+def speedups(latency):
+    """{(batch, length, number type): how many times as fast as the dense model by transformers} of
+    a record of bench/latency.py, with one thread."""
+    faster = {}
+    for row in latency["rows"]:
+        if row["threads"] == 1:
+            for dtype in ("fp32", "bf16"):
+                ratio = row["ratios"][f"transformers {dtype}"]
+                faster[row["batch"], row["length"], dtype] = ratio
+    return faster
+
+
 def latency_table():
-    """Records of bench/latency.py: how many times as fast as transformers, with one thread, by
-    batch x length."""
+    """A row for each record and number type, a column for each batch x length of `speedups`."""
     sizes = [(batch, length) for batch in (1, 8) for length in (32, 128, 384)]
     lines = []
     paths = [*HERE.glob("latency-*.json"), *HERE.glob("methods/latency-*.json")]
     for path in sorted(paths):
         record = read_json(path)
         name = f"{path.stem.removeprefix('latency-')}, {record['sparsity']:.0%}"
+        faster = speedups(record)
         for dtype in ("fp32", "bf16"):
-            faster = dict.fromkeys(sizes, "")
-            for row in record["rows"]:
-                if row["threads"] == 1:
-                    ratio = row["ratios"][f"transformers {dtype}"]
-                    faster[row["batch"], row["length"]] = f"{ratio:.1f}"
-            lines.append([name, dtype, *faster.values()])
+            line = [name, dtype]
+            for batch, length in sizes:
+                ratio = faster.get((batch, length, dtype))
+                line.append("" if ratio is None else f"{ratio:.1f}")
+            lines.append(line)
     return table(["model, pruned", "against", *(f"{batch} x {length}" for batch, length in sizes)],
                  lines)
 

@@ -265,7 +265,6 @@ def score_again(run, args):
     dense = cap_min.load_fine_tuned(folders["dense"], argparse.Namespace(**config), pruned.config)
     record = read_json(run / "record.json") | origin(device)
     record["config"] = config | {"data_dir": args.data_dir}
-    record["examples"] = {"train": record["examples"]["train"]}
     for name, model in (("dense", dense), ("pruned", pruned)):
         record[name] = cap_min.evaluate(model.to(device), task, dev_sets)
         print(f"{run}: {name}, dev: {cap_min.show_scores(record[name])}", flush=True)

@@ -130,7 +130,7 @@ def test_scores_beside_speed(tmp_path, monkeypatch):
         rows = []
         for batch, length in ((1, 32), (8, 128)):
             ratios = {"transformers fp32": 2 * batch, "transformers bf16": batch, "ours": 1}
-            rows.append({"batch": batch, "length": length, "ratios": ratios})
+            rows.append({"threads": 1, "batch": batch, "length": length, "ratios": ratios})
         latency = {"processor": "fast", "rows": rows}
         for path, content in ((f"{run}.json", record), (f"structured/latency/{run}.json", latency)):
             found = {name: changes.get(name, value) for name, value in content.items()}
