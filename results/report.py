@@ -78,12 +78,14 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+WITHOUT_A_TERM = {"cap-no-prc": "CAP-m without PrC", "cap-no-snc": "CAP-m without SnC",
+                  "cap-no-fic": "CAP-m without FiC"}
+
 # ------------------------------------------------------------------------------ demo
 
 DEMO_MODELS = {
     "dense": "dense (the teacher)", "magnitude": "magnitude", "movement": "movement",
-    "movement-kd": "movement + KD", "cap": "CAP-m", "cap-no-prc": "CAP-m without PrC",
-    "cap-no-snc": "CAP-m without SnC", "cap-no-fic": "CAP-m without FiC"}
+    "movement-kd": "movement + KD", "cap": "CAP-m", **WITHOUT_A_TERM}
 
 
 def demo_floor(split):
@@ -352,7 +354,8 @@ def geometry_table():
 
 
 FORM_NAMES = {  # FORM in the name of a record's file: the name of its row
-    "kd": "movement + KD", "cap": "CAP-m", "supcon-s0.03": "CAP-m, supcon, w_s 0.03",
+    "kd": "movement + KD", "cap": "CAP-m", **WITHOUT_A_TERM,
+    "supcon-s0.03": "CAP-m, supcon, w_s 0.03",
     "supcon-s0.1": "CAP-m, supcon, w_s 0.1", "supcon-s0.3-u0": "CAP-m, supcon, w_s 0.3, w_u 0",
     "supcon-s1": "CAP-m, supcon, w_s 1", "mean-off": "CAP-m, ancestors' mean off",
     "once-pruned": "CAP-m, contrast once pruning begins", "snc-times-k": "CAP-m, SnC times K",
@@ -377,13 +380,18 @@ def held_out(folder):
     return records
 
 
-def forms_table(folder):
-    """One row for each of FORM_NAMES that has records in a folder of results/: its score, and what
-    it has more than the first one, for each score of each task. AssertionError unless all have the
-    same sparsity."""
-    records, rows = held_out(folder), []
+def scores_of(folder):
+    """{(task, metric): {TASK-FORM: {seed: score}}} of the records in a folder of results/.
+    AssertionError unless all have the same sparsity."""
+    records = held_out(folder)
     assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
-    columns = by_score(records)
+    return by_score(records)
+
+
+def forms_table(columns):
+    """One row for each of FORM_NAMES that has scores in {(task, metric): {TASK-FORM: {seed:
+    score}}}: its score, and what it has more than the first one, for each score of each task."""
+    rows = []
     for form, name in FORM_NAMES.items():
         row = [name]
         for (task, _), scores in columns.items():
@@ -432,15 +440,19 @@ def density_table():
     return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values(), *ADDED], rows)
 
 
-def terms_table():
-    """What CAP-m has without one of its terms: SST-2 at 10 %, the seeds that have such runs."""
-    runs, rows = density_scores()["sst2", "accuracy"], []
-    seeds, names = runs["sst2-cap-no-prc-90"], ARMS | DEMO_MODELS
-    for arm in ("kd", "cap", "cap-no-prc", "cap-no-snc", "cap-no-fic"):
-        scores = {seed: runs[f"sst2-{arm}-90"][seed] for seed in seeds}
-        more = paired(scores, runs["sst2-kd-90"]) if arm != "kd" else ""
-        rows.append([names[arm], spread(scores.values()), more])
-    return table(["held-out rows, %", "sst2, accuracy", "minus row 1"], rows)
+def ten_percent():
+    """Scores for `forms_table` of QQP and SST-2 at 10 %: seeds 0 and 1, with which other forms were
+    tried there too."""
+    columns = {}
+    for (task, metric), runs in density_scores().items():
+        if task == "mnli":
+            continue
+        columns[task, metric] = {}
+        for run, scores in runs.items():
+            if run.endswith("-90") and {0, 1} <= scores.keys():
+                form = run.removesuffix("-90")
+                columns[task, metric][form] = {seed: scores[seed] for seed in (0, 1)}
+    return columns
 
 
 def draw_density():
@@ -652,11 +664,12 @@ TABLES = {"demo": demo_table, "methods": methods_table,
           "answer": lambda: answer_table("answer", WITHOUT_KD),
           "answer-90": lambda: answer_table("answer-90", {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
-          "selection": lambda: forms_table("selection"),
-          "other-forms": lambda: forms_table("other-forms"),
-          "criterion": lambda: forms_table("criterion"),
-          "rows-4000": lambda: forms_table("rows-4000"), "density": density_table,
-          "terms": terms_table, "structured": structured_table, "speed": speed_table,
+          "selection": lambda: forms_table(scores_of("selection")),
+          "other-forms": lambda: forms_table(scores_of("other-forms")),
+          "criterion": lambda: forms_table(scores_of("criterion")),
+          "rows-4000": lambda: forms_table(scores_of("rows-4000")),
+          "forms-90": lambda: forms_table(ten_percent()), "density": density_table,
+          "structured": structured_table, "speed": speed_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
 
 
