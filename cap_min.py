@@ -464,7 +464,8 @@ def train(run, model, data, ancestors=None, dev=None):
         run.saved = None
     replica = model
     if processes() > 1:
-        replica = DistributedDataParallel(model, broadcast_buffers=False)  # masks are the same
+        replica = DistributedDataParallel(model)
+        replica.broadcast_buffers = False  # all processes have the same masks
     masked = ancestors is not None and args.method != "structured"
     parameters = list(model.parameters())
     data = data.to(device)  # so that batches are cut there
@@ -555,10 +556,9 @@ def peak_memory(device):
     """Most bytes held so far: of GPU memory on CUDA, of the process elsewhere (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not there on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return 0
+    import resource  # not there on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -599,7 +599,7 @@ def importance(run, model, data, ancestors):
         terms, _ = batch_terms(model, batch, ancestors, randomness(args.seed, 0, i, 1), args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
         for j, gradient in enumerate(gradients):
-            columns = (readers[j].detach() * summed(gradient) / processes()).sum(0)
+            columns = (readers[j].detach() * summed(gradient)).sum(0)  # by n processes: n-fold
             sums[j] += columns.view(-1, widths[j]).sum(1).abs()
     return sums[::2], sums[1::2]
 
@@ -644,7 +644,7 @@ def remove_units(model, heads, neurons):
 def remove_least_important(run, model, data, ancestors, sparsity):
     """A stage of CAP-f: the model without at least the fraction `sparsity` of its original heads,
     and of its neurons. NOTE deviation: a layer may lose all of them."""
-    say(f"ranking heads and neurons on all {len(data)} examples; {sparsity:.0%} to go")
+    say(f"ranking heads and neurons on all examples; {sparsity:.0%} to go")
     config, masks = model.config, []
     for importances, units in zip(importance(run, model, data, ancestors),
                                   (config.num_attention_heads, config.intermediate_size)):
@@ -731,12 +731,12 @@ class Run:
                 torch.save(content, file)
 
     def load(self, name, mmap=False):
-        """What checkpoint/NAME.pt holds. ValueError if it is damaged."""
+        """What checkpoint/NAME.pt holds. ValueError if it cannot be read."""
         path = self.folder / f"{name}.pt"
         try:
             return torch.load(path, map_location="cpu", mmap=mmap)
         except Exception:  # torch raises half a dozen types here
-            raise ValueError(f"{path} is damaged: delete {self.args.out}") from None
+            raise ValueError(f"{path} cannot be read: if damaged, delete {self.args.out}") from None
 
     def read(self, name, device):
         """The tensor in checkpoint/NAME.pt: on a GPU if it takes at most half of what is free
@@ -760,8 +760,8 @@ class Run:
         self.phase, self.last_tick = phase, now
 
 
-def run_config(args, data, model, teacher):
-    """What decides the result of a run: flags, training rows, weights of the models it is given."""
+def run_config(args, data, dev, model, teacher):
+    """What decides the result of a run: flags, rows, weights of the models it is given."""
     weights = hashlib.sha256(str(model.config).encode())
     for module in (model.bert, teacher):
         if module is not None:
@@ -769,7 +769,8 @@ def run_config(args, data, model, teacher):
                 weights.update(tensor.cpu().numpy())
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "device", "checkpoint_minutes")}  # the machine's
-    return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest()}
+    return config | {"train_sha256": data.sha256(), "dev_sha256": dev.sha256(),
+                     "weights_sha256": weights.hexdigest()}
 
 
 def finished_record(run):
@@ -1036,9 +1037,8 @@ def settle_schedule(args, size):
 def load_data(args, tokenizer, config):
     """(training set, {split: dev set}), encoded. ValueError if they do not fit the model."""
     # does the model know all pieces and positions?
-    pieces = len(tokenizer.listed)
-    if pieces > config.vocab_size:
-        raise ValueError(f"{args.model} has {pieces} pieces, the model knows {config.vocab_size}")
+    if len(tokenizer.listed) > config.vocab_size:
+        raise ValueError(f"{args.model} lists more pieces than its model knows")
     if args.max_length > config.max_position_embeddings:
         raise ValueError(f"--max-length: the model has {config.max_position_embeddings} positions")
     encoded = {}
@@ -1114,7 +1114,7 @@ def cap(args):
         settle_schedule(args, len(data))
     if model.config.layer_sizes is not None:
         raise ValueError(f"{args.model}: some of its heads or neurons are gone already")
-    run = Run(args, run_config(args, data, model, teacher))
+    run = Run(args, run_config(args, data, dev_sets["dev"], model, teacher))
     record = finished_record(run)
     wait_for_all()  # else one could write before another has looked
     if record:
@@ -1124,8 +1124,7 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
-    say(f"{args.task}: {len(data)} examples on {device}, {args.method}, scores from "
-        f"{args.score_init}, {args.dtype}, run folder {args.out}")
+    say(f"{len(data)} examples on {device}, scores from {args.score_init}, {args.dtype}: {args.out}")
     if run.saved is not None:
         say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 
@@ -1139,7 +1138,8 @@ def cap(args):
         run.enter("other")
         run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
-        if args.teacher is not None and run.dense.get("accuracy", 1) < 0.8 / outputs:
+        named = dict(enumerate(words))
+        if run.dense.get("accuracy", 1) < 0.8 / outputs and teacher.config.id2label != named:
             raise ValueError(f"{args.teacher} is worse than chance: write an id2label, {words} in "
                              f"the order of its outputs, into its config, and delete {args.out}")
         run.enter("banks")
@@ -1179,6 +1179,7 @@ def cap(args):
 def main(argv=None):
     """Exit status: 0, 2 after a one-sentence error, 130 after Ctrl-C."""
     tune_cpu()
+    status = 0
     try:
         args = parse(argv)
         join_processes()
@@ -1186,15 +1187,14 @@ def main(argv=None):
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = str(error).partition("\n")[0] or "out of memory"
         sys.stderr.write(f"error: {reason}\n")  # in one go, if several processes have one to tell
-        return 2
+        status = 2
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from what was saved last")
-        return 130
-    return 0
+        status = 130
+    if processes() > 1:
+        os._exit(status)  # Python's own end aborts if a thread of gloo still holds a tensor then
+    return status
 
 
 if __name__ == "__main__":
-    status = main()
-    if distributed.is_initialized():
-        os._exit(status)  # Python's own end aborts if a thread of gloo still holds a tensor then
-    sys.exit(status)
+    sys.exit(main())

@@ -192,7 +192,7 @@ def probe(run, args):
         scores[name] = cap_min.evaluate(model, args.task, dev_sets)
         print(f"{name}, dev: {cap_min.show_scores(scores[name])}", flush=True)
     # the record
-    config = cap_min.run_config(args, data, first, None)
+    config = cap_min.run_config(args, data, dev_sets["dev"], first, None)
     examples = {"train": len(data)}
     for split, dev in dev_sets.items():
         examples[split] = len(dev)
@@ -264,7 +264,7 @@ def score_again(run, args):
     pruned = from_pretrained(folders["pruned"], num_labels=None)
     dense = cap_min.load_fine_tuned(folders["dense"], argparse.Namespace(**config), pruned.config)
     record = read_json(run / "record.json") | origin(device)
-    record["config"] = config | {"data_dir": args.data_dir}
+    record["config"] = config | {"data_dir": args.data_dir, "dev_sha256": dev_sets["dev"].sha256()}
     for name, model in (("dense", dense), ("pruned", pruned)):
         record[name] = cap_min.evaluate(model.to(device), task, dev_sets)
         print(f"{run}: {name}, dev: {cap_min.show_scores(record[name])}", flush=True)

@@ -212,7 +212,8 @@ def test_scores_on_other_data(compared, glue, tmp_path, capsys):
             assert record[name] == wanted
             assert split == "train" or wanted == first[name]
         assert record["examples"] == {"train": 88, "dev": len(rows)}
-        assert record["config"] == first["config"] | {"data_dir": str(folder)}
+        assert record["config"] == first["config"] | {"data_dir": str(folder),
+                                                      "dev_sha256": rows.sha256()}
         assert record["seed"] == 0 and record["source_sha256"] != first["source_sha256"]
 
 
