@@ -906,7 +906,7 @@ def join_processes():
 
 DEMO = {"model": str(HERE / "demo" / "model"), "epochs": 6, "lr": 1e-3, "max_length": 32}
 STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_unsup": 0.3,
-              "w_sup": 3.0, "kd_temperature": 1.0, "score_init": "none"}
+              "w_sup": 3.0, "kd_temperature": 1.0}
 
 
 def number(kind, low, below=2 ** 31):
@@ -985,6 +985,8 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"  # there are no scores
     if Path(args.model).is_dir():  # else it is a name
         args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
@@ -1030,8 +1032,6 @@ def settle_schedule(args, size):
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule")
     if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
-    if args.method == "magnitude":
-        args.score_init = "none"
 
 
 def load_data(args, tokenizer, config):
