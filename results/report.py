@@ -21,12 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "results")]
 from bert_min import read_json  # noqa: E402
 from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
-from studies import by_score, paired, spread  # noqa: E402
+from studies import by_score, difference, paired, spread  # noqa: E402
 
 PAGES = [ROOT / "README.md", HERE / "README.md", HERE / "details.md", ROOT / "bench" / "README.md"]
 
 ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
 ARMS_AND_DENSE = {"dense": "dense (the teacher)", **ARMS}
+WITHOUT_KD = {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
 ADDED = {"contrast adds to movement + KD": ("cap", "kd"),
          "contrast adds to soft + KD": ("cap-soft", "soft-kd"),
          "soft minus movement, both + KD": ("soft-kd", "kd")}
@@ -60,11 +61,6 @@ def setting(record):
 def percents(records, metric):
     """{seed: score} of pruned models, in percent."""
     return {record["seed"]: 100 * record["pruned"][metric] for record in records}
-
-
-def difference(ours, theirs):
-    """Mean of what the first of two {seed: score} has more, with its standard error."""
-    return paired(ours, theirs).partition(" (")[0]
 
 
 def show(scores):
@@ -103,8 +99,8 @@ def demo_rows(found, names, pairs):
             scores.append(spread(percents(found[method], metric).values()))
             more = ""
             if method in pairs:
-                ours, theirs = pairs[method]
-                more = difference(percents(found[ours], metric), percents(found[theirs], metric))
+                ours, theirs = (percents(found[name], metric) for name in pairs[method])
+                more = paired(ours, theirs).partition(" (")[0]
             differences.append(more)
         rows.append([name, *scores, *differences])
     return rows
@@ -188,23 +184,54 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
-def answer_table(folder, others):
-    """One column for each score of a task: the teacher, ARMS and others {name in the files of a
-    folder of results/: name of the row}, mean and standard deviation, and the differences of ADDED,
-    paired by seed."""
-    names = ARMS_AND_DENSE | others
-    head, rows = ["dev score, %"], {}
+def dev_scores(folder):
+    """{(task, metric): {arm: {seed: score}}} of the runs in answer/ or answer-90/ and, as "dense",
+    of their teachers."""
+    found = {}
     for task in ("mnli", "qqp", "sst2"):
-        found = comparison(f"{folder}/{task}-")
-        for metric in found["dense"][0]["pruned"]:
-            head.append(f"{task}, {metric}")
-            scores = {arm: percents(found[arm], metric) for arm in names}
-            for arm, name in names.items():
-                rows.setdefault(name, [name]).append(spread(scores[arm].values()))
-            for name, (arm, other) in ADDED.items():
-                assert scores[arm].keys() == scores[other].keys(), f"{task}: {arm} and {other}"
-                rows.setdefault(name, [name]).append(paired(scores[arm], scores[other]))
+        records = comparison(f"{folder}/{task}-")
+        for metric in records["dense"][0]["pruned"]:
+            found[task, metric] = {arm: percents(records[arm], metric) for arm in records}
+    return found
+
+
+def answer_table(scores, added):
+    """One column for each score of a task: mean and standard deviation of the teacher, ARMS and
+    what else was run, and, paired by seed, the differences `added`, {name: (arm, other arm)}."""
+    head, rows = ["dev score, %"], {}
+    for (task, metric), found in scores.items():
+        head.append(f"{task}, {metric}")
+        for arm, name in (ARMS_AND_DENSE | WITHOUT_KD).items():
+            if arm in found:
+                rows.setdefault(name, [name]).append(spread(found[arm].values()))
+        for name, (arm, other) in added.items():
+            assert found[arm].keys() == found[other].keys(), f"{task}: {arm} and {other}"
+            rows.setdefault(name, [name]).append(paired(found[arm], found[other]))
     return table(head, rows.values())
+
+
+def verdict_table():
+    """What the contrast and the criterion add, one row for each of ADDED, each density and what was
+    scored; in bold what is above twice its standard error."""
+    dev, dev_90 = dev_scores("answer"), dev_scores("answer-90")
+    rows_90, rows_97, rows_99 = (held_out_scores(percent) for percent in SPARSITIES)
+    for column, scores in form_scores("selection").items():  # two seeds more
+        for arm in ARMS:
+            rows_97[column][arm] = rows_97[column][arm] | scores[arm]
+    sources = {"10 %, held-out rows": rows_90, "10 %, dev sets": dev_90,
+               "3 %, held-out rows": rows_97, "3 %, dev sets": dev, "1 %, held-out rows": rows_99}
+    rows = []
+    for name, (arm, other) in ADDED.items():
+        for source, scores in sources.items():
+            row = [name, source]
+            for column in dev:
+                found = scores.get(column, {})
+                count, mean, error = difference(found.get(arm, {}), found.get(other, {}))
+                cell = f"{mean:+.2f} ± {error:.2f} ({count})" if count > 1 else ""
+                row.append(f"**{cell}**" if abs(mean) > 2 * error else cell)
+            rows.append(row)
+    return table(["what", "weights left, scored on",
+                  *(f"{task}, {metric}" for task, metric in dev)], rows)
 
 
 def pruning_log(run):
@@ -380,24 +407,26 @@ def held_out(folder):
     return records
 
 
-def scores_of(folder):
-    """{(task, metric): {TASK-FORM: {seed: score}}} of the records in a folder of results/.
+def form_scores(folder):
+    """{(task, metric): {form: {seed: score}}} of the records in a folder of results/.
     AssertionError unless all have the same sparsity."""
-    records = held_out(folder)
+    records, found = held_out(folder), {}
     assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
-    return by_score(records)
+    for (task, metric), runs in by_score(records).items():
+        found[task, metric] = {run.removeprefix(f"{task}-"): runs[run] for run in runs}
+    return found
 
 
 def forms_table(columns):
-    """One row for each of FORM_NAMES that has scores in {(task, metric): {TASK-FORM: {seed:
-    score}}}: its score, and what it has more than the first one, for each score of each task."""
+    """One row for each of FORM_NAMES that has scores in {(task, metric): {form: {seed: score}}}:
+    its score, and what it has more than the first one, for each score of each task."""
     rows = []
     for form, name in FORM_NAMES.items():
         row = [name]
-        for (task, _), scores in columns.items():
-            ours = scores.get(f"{task}-{form}")
+        for scores in columns.values():
+            ours = scores.get(form)
             row.append(spread(ours.values()) if ours else "")
-            row.append(paired(ours, scores[f"{task}-kd"]) if ours and form != "kd" else "")
+            row.append(paired(ours, scores["kd"]) if ours and form != "kd" else "")
         if any(row[1:]):
             rows.append(row)
     head = ["held-out rows, %"]
@@ -409,49 +438,44 @@ def forms_table(columns):
 SPARSITIES = {"90": "10 %", "97": "3 %", "99": "1 %"}  # in the name of a record: weights left
 
 
-def density_scores():
-    """{(task, metric): {TASK-ARM-SPARSITY: {seed: score}}} of the records in sparsity/; the arm
-    "dense" is the teacher. MNLI's two dev sets are the same held-out rows, and one is shown."""
-    records = held_out("sparsity")
-    for name, record in list(records.items()):
-        task, percent, seed = re.fullmatch(r"(\w+?)-.+-(\d+)-(seed\d)", name).groups()
-        assert 100 * record["config"]["sparsity"] == float(percent), f"{name}: its sparsity"
-        records[f"{task}-dense-{percent}-{seed}"] = record | {"pruned": record["dense"]}
-    scores = by_score(records)
-    scores.pop(("mnli", "accuracy_mm"), None)
-    return scores
+def held_out_scores(percent):
+    """{(task, metric): {arm: {seed: score}}} of the records in sparsity/ with this sparsity, one of
+    SPARSITIES; "dense" is the teacher. MNLI's two dev sets are the same held-out rows, and one is
+    shown."""
+    records = {}
+    for name, record in held_out("sparsity").items():
+        task, arm, sparsity, seed = re.fullmatch(r"(\w+?)-(.+)-(\d+)-(seed\d)", name).groups()
+        assert 100 * record["config"]["sparsity"] == float(sparsity), f"{name}: its sparsity"
+        if sparsity == percent:
+            records[f"{arm}-{task}-{seed}"] = record
+            records[f"dense-{task}-{seed}"] = record | {"pruned": record["dense"]}
+    found = {}
+    for (task, metric), runs in by_score(records).items():
+        if metric != "accuracy_mm":
+            found[task, metric] = {run.removesuffix(f"-{task}"): runs[run] for run in runs}
+    return found
 
 
 def density_table():
-    """One row for each score and density: the teacher, ARMS, and the differences of ADDED."""
+    """One row for each score and density: the teacher and ARMS."""
     rows = []
-    for (task, metric), runs in density_scores().items():
-        for percent, left in SPARSITIES.items():
-            if f"{task}-dense-{percent}" not in runs:
-                continue
+    for percent, left in SPARSITIES.items():
+        for (task, metric), scores in held_out_scores(percent).items():
             row = [f"{task}, {metric}", left]
-            scores = {arm: runs.get(f"{task}-{arm}-{percent}", {}) for arm in ARMS_AND_DENSE}
-            for values in scores.values():
-                row.append(spread(values.values()) if values else "")
-            for arm, other in ADDED.values():
-                both = scores[arm] and scores[other]
-                row.append(paired(scores[arm], scores[other]) if both else "")
+            for arm in ARMS_AND_DENSE:
+                row.append(spread(scores[arm].values()) if arm in scores else "")
             rows.append(row)
-    return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values(), *ADDED], rows)
+    return table(["held-out rows, %", "weights left", *ARMS_AND_DENSE.values()], rows)
 
 
 def ten_percent():
     """Scores for `forms_table` of QQP and SST-2 at 10 %: seeds 0 and 1, with which other forms were
     tried there too."""
     columns = {}
-    for (task, metric), runs in density_scores().items():
-        if task == "mnli":
-            continue
-        columns[task, metric] = {}
-        for run, scores in runs.items():
-            if run.endswith("-90") and {0, 1} <= scores.keys():
-                form = run.removesuffix("-90")
-                columns[task, metric][form] = {seed: scores[seed] for seed in (0, 1)}
+    for (task, metric), scores in held_out_scores("90").items():
+        if task != "mnli":
+            columns[task, metric] = {form: {seed: found[seed] for seed in (0, 1)}
+                                     for form, found in scores.items() if {0, 1} <= found.keys()}
     return columns
 
 
@@ -459,12 +483,11 @@ def draw_density():
     """results/density.svg: a dot for each run over the densities, a line for each of ARMS through
     the means of its seeds, which need not be the same everywhere."""
     from matplotlib import pyplot
-    found = density_scores()
+    found = [held_out_scores(percent) for percent in SPARSITIES]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for axis, task in zip(axes, ("qqp", "sst2")):
-        runs = found[task, "accuracy"]
         for i, (arm, name) in enumerate(ARMS.items()):
-            scores = [runs[f"{task}-{arm}-{percent}"].values() for percent in SPARSITIES]
+            scores = [of_density[task, "accuracy"][arm].values() for of_density in found]
             axis.plot([statistics.mean(values) for values in scores], color=f"C{i}", label=name)
             for column, values in enumerate(scores):
                 axis.plot([column] * len(values), values, "o", color=f"C{i}", alpha=0.5)
@@ -659,15 +682,14 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-WITHOUT_KD = {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
-TABLES = {"demo": demo_table, "methods": methods_table,
-          "answer": lambda: answer_table("answer", WITHOUT_KD),
-          "answer-90": lambda: answer_table("answer-90", {}),
+TABLES = {"demo": demo_table, "methods": methods_table, "verdict": verdict_table,
+          "answer": lambda: answer_table(dev_scores("answer"), ADDED),
+          "answer-90": lambda: answer_table(dev_scores("answer-90"), {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
-          "selection": lambda: forms_table(scores_of("selection")),
-          "other-forms": lambda: forms_table(scores_of("other-forms")),
-          "criterion": lambda: forms_table(scores_of("criterion")),
-          "rows-4000": lambda: forms_table(scores_of("rows-4000")),
+          "selection": lambda: forms_table(form_scores("selection")),
+          "other-forms": lambda: forms_table(form_scores("other-forms")),
+          "criterion": lambda: forms_table(form_scores("criterion")),
+          "rows-4000": lambda: forms_table(form_scores("rows-4000")),
           "forms-90": lambda: forms_table(ten_percent()), "density": density_table,
           "structured": structured_table, "speed": speed_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}

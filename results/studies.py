@@ -70,9 +70,9 @@ def write_table(records, path):
     for (task, metric), table in by_score(records).items():
         first = next(iter(table.values()))
         for run, scores in table.items():
-            difference = "" if scores is first else paired(scores, first)
+            more = "" if scores is first else paired(scores, first)
             lines.append(f"| {task} | {metric} | {run} | {len(scores)} | "
-                         f"{spread(list(scores.values()))} | {difference} |")
+                         f"{spread(list(scores.values()))} | {more} |")
     with replacing(path) as file:
         file.write("\n".join([*lines, ""]).encode())
     print("", *lines, f"see {path}", sep="\n", flush=True)
@@ -95,15 +95,23 @@ def spread(values):
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
+def difference(scores, others):
+    """(n, mean, standard error) of the difference of two {seed: score} over their n common seeds;
+    the error of a single one is infinite."""
+    found = [scores[seed] - others[seed] for seed in scores if seed in others]
+    mean = statistics.mean(found) if found else 0.0
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.inf
+    return len(found), mean, error
+
+
 def paired(scores, others):
-    """Mean difference of two {seed: score} over their n common seeds, with its standard error."""
-    differences = [scores[seed] - others[seed] for seed in scores if seed in others]
-    count, error = len(differences), ""
+    """`difference` in words."""
+    count, mean, error = difference(scores, others)
     if count == 0:
         return "no common seed"
-    if count > 1:
-        error = f" ± {statistics.stdev(differences) / math.sqrt(count):.2f}"
-    return f"{statistics.mean(differences):+.2f}{error} (n = {count})"
+    if count == 1:
+        return f"{mean:+.2f} (n = 1)"
+    return f"{mean:+.2f} ± {error:.2f} (n = {count})"
 
 
 # --------------------------------------------------------------------------- compare
