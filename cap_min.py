@@ -985,8 +985,6 @@ def parse(argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.without = sorted(set(args.without))
-    if args.method in ("magnitude", "structured"):
-        args.score_init = "none"  # there are no scores
     if Path(args.model).is_dir():  # else it is a name
         args.model = os.path.abspath(args.model)
     # the run folder is named by what tells runs apart
@@ -1110,6 +1108,8 @@ def cap(args):
     if args.teacher is not None:
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"  # there are no scores
     if args.method != "structured":  # which has no schedule of densities
         settle_schedule(args, len(data))
     if model.config.layer_sizes is not None:

@@ -331,29 +331,30 @@ def methods_table():
 
 
 def probe_table():
-    """Linear classifiers on the frozen encoders of answer/, for other tasks: one row for each score
-    of a task, of the encoders that were pruned for another."""
-    rows = []
-    for pruned_for in ("mnli", "sst2"):
-        found = {}  # {(task, metric): {encoder: {seed: score}}}
-        examples = {}  # {task: (number of training rows, their SHA-256)}
-        for path in sorted((HERE / "probes").glob(f"{pruned_for}-*.json")):
-            arm, seed, task = re.fullmatch(r"\w+-(.+)-seed(\d)-(\w+)", path.stem).groups()
+    """Linear classifiers on frozen encoders, for other tasks: one row for each score of a task and
+    the encoders with so many weights left that were pruned for another. AssertionError if two
+    encoders had other rows of a task."""
+    rows, examples = [], {}
+    for folder, left in (("probes", "3 %"), ("probes-90", "10 %")):
+        found = {}  # {(pruned for, task, metric): {encoder: {seed: score}}}
+        for path in sorted((HERE / folder).glob("*.json")):
+            pruned_for, arm, seed, task = re.fullmatch(r"(\w+?)-(.+)-seed(\d)-(\w+)",
+                                                       path.stem).groups()
             record = read_json(path)
-            ours = record["examples"]["train"], record["train_sha256"]
-            assert examples.setdefault(task, ours) == ours, f"{path}: other rows"
+            assert examples.setdefault(task, record["train_sha256"]) == record["train_sha256"], path
             for metric, score in record["pruned"].items():
-                scores = found.setdefault((task, metric), {})
+                scores = found.setdefault((pruned_for, task, metric), {})
                 scores.setdefault(arm, {})[seed] = 100 * score
                 if "pretrained" in record:
                     scores["pretrained"] = {seed: 100 * record["pretrained"][metric]}
-        for (task, metric), scores in found.items():
-            row = [pruned_for, f"{task}, {metric}", f"{examples[task][0]:,}"]
+        for (pruned_for, task, metric), scores in found.items():
+            row = [f"{pruned_for}, {left}", f"{task}, {metric}"]
             row += [spread(scores[arm].values()) for arm in ("pretrained", *ARMS)]
-            row += [paired(scores[arm], scores[other]) for arm, other in ADDED.values()]
+            row += [paired(scores["cap"], scores["kd"])]
+            row += [paired(scores["cap-soft"], scores["soft-kd"])]
             rows.append(row)
-    return table(["encoder pruned for", "probed task", "rows", "pre-trained, dense",
-                  *ARMS.values(), *ADDED], rows)
+    head = ["pruned for, weights left", "probed task", "pre-trained, dense", *ARMS.values()]
+    return table([*head, "contrast adds to movement + KD", "to soft + KD"], rows)
 
 
 def geometry_records():
