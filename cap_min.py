@@ -1024,9 +1024,11 @@ def choose_device(args):
 
 def settle_schedule(args, size):
     """Settles --score-init. ValueError unless `size` examples give the schedule room."""
+    if args.method in ("magnitude", "structured"):
+        args.score_init = "none"  # there are no scores
     total = args.epochs * math.ceil(size / args.batch_size)
     warmup = round(args.warmup * total)
-    if warmup < 1 or total < 5 * warmup + 2:
+    if args.method != "structured" and (warmup < 1 or total < 5 * warmup + 2):  # CAP-f has none
         raise ValueError(f"{total} steps with --warmup {args.warmup} have no room for the schedule")
     if args.score_init == "auto":
         args.score_init = "zero" if total >= 30_000 else "magnitude"
@@ -1108,10 +1110,7 @@ def cap(args):
     if args.teacher is not None:
         teacher = load_fine_tuned(args.teacher, args, model.config)
     data, dev_sets = load_data(args, tokenizer, model.config)
-    if args.method in ("magnitude", "structured"):
-        args.score_init = "none"  # there are no scores
-    if args.method != "structured":  # which has no schedule of densities
-        settle_schedule(args, len(data))
+    settle_schedule(args, len(data))
     if model.config.layer_sizes is not None:
         raise ValueError(f"{args.model}: some of its heads or neurons are gone already")
     run = Run(args, run_config(args, data, dev_sets["dev"], model, teacher))
@@ -1124,7 +1123,8 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
-    say(f"{len(data)} examples on {device}, scores from {args.score_init}, {args.dtype}: {args.out}")
+    say(f"{len(data)} examples on {device}, scores from {args.score_init}, {args.dtype}, "
+        f"run folder {args.out}")
     if run.saved is not None:
         say(f"goes on after {run.epoch} epochs and {run.batch} batches of its {run.phase} phase")
 

@@ -888,6 +888,9 @@ def test_recipe(capsys):
         args.score_init = "auto"
         cap_min.settle_schedule(args, rows)
         assert args.score_init == start
+    args.method = "magnitude"
+    cap_min.settle_schedule(args, 392_702)
+    assert args.score_init == "none"
     model = BertClassifier(TINY)
     add_masks(model, "zero")
     weights, scores = cap_min.make_optimizer(model, args).param_groups
@@ -1124,7 +1127,8 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
     other = bytearray(weights.read_bytes())
     other[-300] += 1  # of the pooler's bias; the last 204 bytes are the classifier's
     for path, damaged, sentence in (
-            (state, state.read_bytes()[:-100], f"error: {state} cannot be read: if damaged, delete {out}"),
+            (state, state.read_bytes()[:-100],
+             f"error: {state} cannot be read: if damaged, delete {out}\n"),
             (train, train.read_bytes()[:-2] + b"0\n", "has a run with train_sha256 "),
             (dev, dev.read_bytes()[:-2] + b"0\n", "has a run with dev_sha256 "),
             (weights, other, "has a run with weights_sha256 "),

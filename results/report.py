@@ -28,6 +28,8 @@ PAGES = [ROOT / "README.md", HERE / "README.md", HERE / "details.md", ROOT / "be
 ARMS = {"kd": "movement + KD", "cap": "CAP-m", "soft-kd": "soft + KD", "cap-soft": "CAP-soft"}
 ARMS_AND_DENSE = {"dense": "dense (the teacher)", **ARMS}
 WITHOUT_KD = {"movement": "movement, no KD", "magnitude": "magnitude, no KD"}
+WITHOUT_A_TERM = {"cap-no-prc": "CAP-m without PrC", "cap-no-snc": "CAP-m without SnC",
+                  "cap-no-fic": "CAP-m without FiC"}
 ADDED = {"contrast adds to movement + KD": ("cap", "kd"),
          "contrast adds to soft + KD": ("cap-soft", "soft-kd"),
          "soft minus movement, both + KD": ("soft-kd", "kd")}
@@ -73,9 +75,6 @@ def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
-WITHOUT_A_TERM = {"cap-no-prc": "CAP-m without PrC", "cap-no-snc": "CAP-m without SnC",
-                  "cap-no-fic": "CAP-m without FiC"}
 
 # ------------------------------------------------------------------------------ demo
 
@@ -213,13 +212,14 @@ def answer_table(scores, added):
 def verdict_table():
     """What the contrast and the criterion add, one row for each of ADDED, each density and what was
     scored; in bold what is above twice its standard error."""
-    dev, dev_90 = dev_scores("answer"), dev_scores("answer-90")
-    rows_90, rows_97, rows_99 = (held_out_scores(percent) for percent in SPARSITIES)
+    dev, rows_of = dev_scores("answer"), held_out_scores()
     for column, scores in form_scores("selection").items():  # two seeds more
+        found = rows_of["97"][column]
         for arm in ARMS:
-            rows_97[column][arm] = rows_97[column][arm] | scores[arm]
-    sources = {"10 %, held-out rows": rows_90, "10 %, dev sets": dev_90,
-               "3 %, held-out rows": rows_97, "3 %, dev sets": dev, "1 %, held-out rows": rows_99}
+            found[arm] = found[arm] | scores[arm]
+    sources = {"10 %, held-out rows": rows_of["90"], "10 %, dev sets": dev_scores("answer-90"),
+               "3 %, held-out rows": rows_of["97"], "3 %, dev sets": dev,
+               "1 %, held-out rows": rows_of["99"]}
     rows = []
     for name, (arm, other) in ADDED.items():
         for source, scores in sources.items():
@@ -350,8 +350,8 @@ def probe_table():
         for (pruned_for, task, metric), scores in found.items():
             row = [f"{pruned_for}, {left}", f"{task}, {metric}"]
             row += [spread(scores[arm].values()) for arm in ("pretrained", *ARMS)]
-            row += [paired(scores["cap"], scores["kd"])]
-            row += [paired(scores["cap-soft"], scores["soft-kd"])]
+            row.append(paired(scores["cap"], scores["kd"]))
+            row.append(paired(scores["cap-soft"], scores["soft-kd"]))
             rows.append(row)
     head = ["pruned for, weights left", "probed task", "pre-trained, dense", *ARMS.values()]
     return table([*head, "contrast adds to movement + KD", "to soft + KD"], rows)
@@ -408,14 +408,20 @@ def held_out(folder):
     return records
 
 
-def form_scores(folder):
-    """{(task, metric): {form: {seed: score}}} of the records in a folder of results/.
-    AssertionError unless all have the same sparsity."""
-    records, found = held_out(folder), {}
-    assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
+def by_form(records):
+    """{(task, metric): {form: {seed: score}}} of {TASK-FORM-seedN: record}."""
+    found = {}
     for (task, metric), runs in by_score(records).items():
         found[task, metric] = {run.removeprefix(f"{task}-"): runs[run] for run in runs}
     return found
+
+
+def form_scores(folder):
+    """`by_form` of the records in a folder of results/. AssertionError unless all have the same
+    sparsity."""
+    records = held_out(folder)
+    assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
+    return by_form(records)
 
 
 def forms_table(columns):
@@ -439,30 +445,27 @@ def forms_table(columns):
 SPARSITIES = {"90": "10 %", "97": "3 %", "99": "1 %"}  # in the name of a record: weights left
 
 
-def held_out_scores(percent):
-    """{(task, metric): {arm: {seed: score}}} of the records in sparsity/ with this sparsity, one of
-    SPARSITIES; "dense" is the teacher. MNLI's two dev sets are the same held-out rows, and one is
-    shown."""
-    records = {}
+def held_out_scores():
+    """{one of SPARSITIES: `by_form` of the records in sparsity/}; the arm "dense" is the teacher.
+    MNLI's two dev sets are the same held-out rows, and one is shown."""
+    records = {percent: {} for percent in SPARSITIES}
     for name, record in held_out("sparsity").items():
-        task, arm, sparsity, seed = re.fullmatch(r"(\w+?)-(.+)-(\d+)-(seed\d)", name).groups()
-        assert 100 * record["config"]["sparsity"] == float(sparsity), f"{name}: its sparsity"
-        if sparsity == percent:
-            records[f"{arm}-{task}-{seed}"] = record
-            records[f"dense-{task}-{seed}"] = record | {"pruned": record["dense"]}
-    found = {}
-    for (task, metric), runs in by_score(records).items():
-        if metric != "accuracy_mm":
-            found[task, metric] = {run.removesuffix(f"-{task}"): runs[run] for run in runs}
+        task, arm, percent, seed = re.fullmatch(r"(\w+?)-(.+)-(\d+)-(seed\d)", name).groups()
+        assert 100 * record["config"]["sparsity"] == float(percent), f"{name}: its sparsity"
+        records[percent][f"{task}-{arm}-{seed}"] = record
+        records[percent][f"{task}-dense-{seed}"] = record | {"pruned": record["dense"]}
+    found = {percent: by_form(records[percent]) for percent in SPARSITIES}
+    for scores in found.values():
+        scores.pop(("mnli", "accuracy_mm"), None)
     return found
 
 
 def density_table():
     """One row for each score and density: the teacher and ARMS."""
     rows = []
-    for percent, left in SPARSITIES.items():
-        for (task, metric), scores in held_out_scores(percent).items():
-            row = [f"{task}, {metric}", left]
+    for percent, columns in held_out_scores().items():
+        for (task, metric), scores in columns.items():
+            row = [f"{task}, {metric}", SPARSITIES[percent]]
             for arm in ARMS_AND_DENSE:
                 row.append(spread(scores[arm].values()) if arm in scores else "")
             rows.append(row)
@@ -473,7 +476,7 @@ def ten_percent():
     """Scores for `forms_table` of QQP and SST-2 at 10 %: seeds 0 and 1, with which other forms were
     tried there too."""
     columns = {}
-    for (task, metric), scores in held_out_scores("90").items():
+    for (task, metric), scores in held_out_scores()["90"].items():
         if task != "mnli":
             columns[task, metric] = {form: {seed: found[seed] for seed in (0, 1)}
                                      for form, found in scores.items() if {0, 1} <= found.keys()}
@@ -484,7 +487,7 @@ def draw_density():
     """results/density.svg: a dot for each run over the densities, a line for each of ARMS through
     the means of its seeds, which need not be the same everywhere."""
     from matplotlib import pyplot
-    found = [held_out_scores(percent) for percent in SPARSITIES]
+    found = held_out_scores().values()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for axis, task in zip(axes, ("qqp", "sst2")):
         for i, (arm, name) in enumerate(ARMS.items()):

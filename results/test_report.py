@@ -27,9 +27,10 @@ OF_OTHER_TOOLS = {"--help", "--no-deps", "--extra-index-url", "--nproc-per-node"
 
 def test_spread():
     """(1, 3) has mean 2 and standard deviation sqrt(((1 - 2)^2 + (3 - 2)^2) / (2 - 1)) = 1.4; of
-    one value there is none."""
+    one value, or the difference of one, there is none."""
     assert report.spread([1, 3]) == "2.0 ± 1.4"
     assert report.spread([68.77]) == "68.8"
+    assert report.paired({0: 3, 1: 9}, {0: 1}) == "+2.00 (n = 1)"
 
 
 @pytest.mark.parametrize("change, same", [
@@ -108,8 +109,8 @@ def test_verdicts(monkeypatch):
         return {column: {"cap": cap, "soft-kd": {0: 50}, "cap-soft": {}} | scores}
 
     monkeypatch.setattr(report, "dev_scores", lambda folder: arms(kd=kd, **{"soft-kd": soft}))
-    densities = iter([arms(kd=kd), arms(kd=kd), arms(kd=one, cap=one)])
-    monkeypatch.setattr(report, "held_out_scores", lambda percent: next(densities))
+    monkeypatch.setattr(report, "held_out_scores", lambda: {
+        "90": arms(kd=kd), "97": arms(kd=kd), "99": arms(kd=one, cap=one)})
     more = {2: 55, 3: 55}
     monkeypatch.setattr(report, "form_scores", lambda folder: {column: dict.fromkeys(
         report.ARMS, more)})
