@@ -33,6 +33,8 @@ WITHOUT_A_TERM = {"cap-no-prc": "CAP-m without PrC", "cap-no-snc": "CAP-m withou
 ADDED = {"contrast adds to movement + KD": ("cap", "kd"),
          "contrast adds to soft + KD": ("cap-soft", "soft-kd"),
          "soft minus movement, both + KD": ("soft-kd", "kd")}
+COMPARED = {**ADDED, "KD adds to movement": ("kd", "movement"),
+            "movement minus magnitude, no KD": ("movement", "magnitude")}
 
 # --------------------------------------------------------------------------- records
 
@@ -209,29 +211,37 @@ def answer_table(scores, added):
     return table(head, rows.values())
 
 
-def verdict_table():
-    """What the contrast and the criterion add, one row for each of ADDED, each density and what was
-    scored; in bold what is above twice its standard error."""
-    dev, rows_of = dev_scores("answer"), held_out_scores()
-    for column, scores in form_scores("selection").items():  # two seeds more
-        found = rows_of["97"][column]
-        for arm in ARMS:
-            found[arm] = found[arm] | scores[arm]
-    sources = {"10 %, held-out rows": rows_of["90"], "10 %, dev sets": dev_scores("answer-90"),
-               "3 %, held-out rows": rows_of["97"], "3 %, dev sets": dev,
-               "1 %, held-out rows": rows_of["99"]}
-    rows = []
-    for name, (arm, other) in ADDED.items():
-        for source, scores in sources.items():
-            row = [name, source]
-            for column in dev:
-                found = scores.get(column, {})
-                count, mean, error = difference(found.get(arm, {}), found.get(other, {}))
+def verdict_table(scores):
+    """What each of COMPARED adds, a row for each density of {one of SPARSITIES: {(task, metric):
+    {arm: {seed: score}}}} that has two seeds of it; the first density has all columns. In bold what
+    is above twice its standard error."""
+    columns, rows = list(next(iter(scores.values()))), []
+    for name, (arm, other) in COMPARED.items():
+        for percent, found in scores.items():
+            cells = []
+            for column in columns:
+                arms = found.get(column, {})
+                count, mean, error = difference(arms.get(arm, {}), arms.get(other, {}))
                 cell = f"{mean:+.2f} ± {error:.2f} ({count})" if count > 1 else ""
-                row.append(f"**{cell}**" if abs(mean) > 2 * error else cell)
-            rows.append(row)
-    return table(["what", "weights left, scored on",
-                  *(f"{task}, {metric}" for task, metric in dev)], rows)
+                cells.append(f"**{cell}**" if abs(mean) > 2 * error else cell)
+            if any(cells):
+                rows.append([name, SPARSITIES[percent], *cells])
+    return table(["what", "weights left", *(f"{task}, {metric}" for task, metric in columns)], rows)
+
+
+def dev_verdicts():
+    """`verdict_table` of the dev sets."""
+    return verdict_table({"90": dev_scores("answer-90"), "97": dev_scores("answer")})
+
+
+def held_out_verdicts():
+    """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %."""
+    found = held_out_scores()
+    for column, scores in form_scores("selection").items():
+        arms = found["97"][column]
+        for arm in ARMS:
+            arms[arm] = arms[arm] | scores[arm]
+    return verdict_table(found)
 
 
 def pruning_log(run):
@@ -686,7 +696,8 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "methods": methods_table, "verdict": verdict_table,
+TABLES = {"demo": demo_table, "methods": methods_table,
+          "verdict": dev_verdicts, "verdict-held-out": held_out_verdicts,
           "answer": lambda: answer_table(dev_scores("answer"), ADDED),
           "answer-90": lambda: answer_table(dev_scores("answer-90"), {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
