@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """Where a task's texts and labels stand, and how it is scored.
     `text_a`, `text_b` (None: single sentences) and `label` are columns by name; `header` has the
     names where GLUE's file has none. A label is written as one of `words`, which are in the order
-    of the classifier's outputs, or as its place there, from 0. No words: a regression."""
+    of the classifier's outputs, or as its place there, from 0. No words: a regression, 0 to 5."""
 
     folder: str
     text_a: str

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import xml.dom.minidom
 import zipfile
 from pathlib import Path
@@ -289,6 +290,14 @@ def test_units_are_ranked_over_all_layers():
     fours, two = cap_min.most_important([torch.ones(4), tensor([100.0, 200.0])], 5)
     assert fours.tolist() == [True] * 4 and two.tolist() == [False, True]
     assert cap_min.most_important([torch.zeros(2), tensor([1.0, 2.0])], 2)[1].tolist() == [True] * 2
+
+
+def test_one_head_and_one_neuron_stay(monkeypatch):
+    """In all layers together, of equal ones the first: without a head every text is alike."""
+    heads, neurons = torch.ones(TINY.num_attention_heads), torch.ones(TINY.intermediate_size)
+    monkeypatch.setattr(cap_min, "importance", lambda *given: ([heads] * 2, [neurons] * 2))
+    small = cap_min.remove_least_important(None, BertClassifier(TINY), None, None, 0.999)
+    assert small.config.layer_sizes == [[1, 1], [0, 0]]
 
 
 def test_stages():
@@ -1218,6 +1227,16 @@ def test_a_machine_that_does_not_share_the_run_folder(command, tmp_path, monkeyp
 
 # --------------------------------------------------------------------- other devices
 
+def test_banks_that_could_crowd_a_gpu_are_memory_mapped(monkeypatch):
+    """One of 5 bytes lies on a GPU of which 100 are free, not with 99."""
+    bank = types.SimpleNamespace(nbytes=5, to=lambda device: "on the GPU")
+    monkeypatch.setattr(Run, "load", lambda run, name, mmap: bank)
+    run = Run(cap_min.parse([]), {})
+    for free, found in ((100, "on the GPU"), (99, bank)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+        assert run.read("prc-0", torch.device("cuda")) == found
+
+
 def test_a_step_reads_nothing_back(vocab, monkeypatch):
     """Nor does it mix devices: on torch's meta device, whose tensors have no content, either
     raises. So the CPU never waits for a GPU between two log lines."""
@@ -1283,6 +1302,14 @@ def test_labels_are_matched_to_words():
             (["LABEL_0", "LABEL_1"], ["bad", "good"], [0, 1]), ([], ["bad", "good"], [0, 1]),
             (["LABEL_0"], [], [0]), ([], [], [0]), (["bad", "bad"], ["bad", "good"], [1, None])):
         assert cap_min.label_order(dict(enumerate(labels)), words) == order
+    assert cap_min.label_order({1: "bad", 0: "good"}, ["bad", "good"]) == [1, 0]
+
+
+def test_a_run_knows_all_its_dev_sets(vocab):
+    rows, model = toy_data(vocab), BertClassifier(TINY)
+    dev_sets = {"dev": rows, "dev_mm": rows.head(3)}
+    config = cap_min.run_config(cap_min.parse([]), rows, dev_sets, model, None)
+    assert config["dev_sha256"] == [rows.sha256(), rows.head(3).sha256()]
 
 
 def test_labels_of_a_teacher(finished, command, tmp_path):
@@ -1298,7 +1325,7 @@ def test_labels_of_a_teacher(finished, command, tmp_path):
     assert torch.equal(loaded(*batch)[0], wanted)
 
 
-def test_a_teacher_below_chance_is_refused(finished, command, tmp_path, monkeypatch, capsys):
+def test_a_mostly_wrong_teacher_is_refused(finished, command, tmp_path, monkeypatch, capsys):
     """One whose outputs are LABEL_0 and LABEL_1, perhaps the other way round: the sentence tells
     what to do. One that has the task's words is taken."""
     monkeypatch.setattr(cap_min, "evaluate", lambda *given: {"accuracy": 0.39})

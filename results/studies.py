@@ -151,7 +151,7 @@ def compare(args, seeds):
 
 def read_run(run):
     """(configuration, {"pruned", "dense", "pretrained": folder}) of a finished run. ValueError if
-    it is none."""
+    it is none, or of a task that is not in data_glue.TASKS."""
     try:
         config = read_json(run / "record.json")["config"]
         folders = {"pruned": run / "model", "dense": config["teacher"] or run / "teacher",
@@ -160,6 +160,8 @@ def read_run(run):
             raise KeyError
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no finished run with a record.json") from None
+    if config["task"] not in TASKS:
+        raise ValueError(f"{run}: its task, {config['task']}, is not in data_glue.TASKS")
     return config, folders
 
 
@@ -200,7 +202,7 @@ def probe(run, args):
         scores[name] = cap_min.evaluate(model, args.task, dev_sets)
         print(f"{name}, dev: {cap_min.show_scores(scores[name])}", flush=True)
     # the record
-    config = cap_min.run_config(args, data, dev_sets["dev"], first, None)
+    config = cap_min.run_config(args, data, dev_sets, first, None)
     examples = {"train": len(data)}
     for split, dev in dev_sets.items():
         examples[split] = len(dev)
@@ -272,7 +274,8 @@ def score_again(run, args):
     pruned = from_pretrained(folders["pruned"], num_labels=None)
     dense = cap_min.load_fine_tuned(folders["dense"], argparse.Namespace(**config), pruned.config)
     record = read_json(run / "record.json") | origin(device)
-    record["config"] = config | {"data_dir": args.data_dir, "dev_sha256": dev_sets["dev"].sha256()}
+    record["config"] = config | {"data_dir": args.data_dir,
+                                 "dev_sha256": [rows.sha256() for rows in dev_sets.values()]}
     for name, model in (("dense", dense), ("pruned", pruned)):
         record[name] = cap_min.evaluate(model.to(device), task, dev_sets)
         print(f"{run}: {name}, dev: {cap_min.show_scores(record[name])}", flush=True)

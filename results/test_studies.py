@@ -180,6 +180,10 @@ def test_what_cannot_be_probed(compared, pretrained, glue, tmp_path, capsys):
     assert "is no finished run with a record.json" in capsys.readouterr().err
     run = tmp_path / "run"
     shutil.copytree(compared[0] / "cap-seed0", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(studies.TASKS, "sst2")
+        assert studies.main(["geometry", str(run)]) == 2
+    assert "its task, sst2, is not in data_glue.TASKS" in capsys.readouterr().err
     record = json.loads((run / "record.json").read_text())
     record["config"]["model"] = "gone"
     (run / "record.json").write_text(json.dumps(record))
@@ -213,7 +217,7 @@ def test_scores_on_other_data(compared, glue, tmp_path, capsys):
             assert split == "train" or wanted == first[name]
         assert record["examples"] == {"train": 88, "dev": len(rows)}
         assert record["config"] == first["config"] | {"data_dir": str(folder),
-                                                      "dev_sha256": rows.sha256()}
+                                                      "dev_sha256": [rows.sha256()]}
         assert record["seed"] == 0 and record["source_sha256"] != first["source_sha256"]
 
 
