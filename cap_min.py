@@ -808,8 +808,8 @@ def make_record(run, model, data, dev_sets):
     for phase, epochs in (("teacher", TEACHER_EPOCHS), ("prune", pruning_epochs)):
         if run.seconds[phase] > 0:  # a teacher may have been given
             speeds[phase] = len(data) * epochs / run.seconds[phase]
-    names = ("bert_min.py", "data_glue.py", "cap_min.py")
-    source = b"".join((HERE / name).read_bytes() for name in names)
+    source = b"".join((HERE / name).read_bytes()
+                      for name in ("bert_min.py", "data_glue.py", "cap_min.py"))
     machine = (f"{platform.machine()}, {device.type}, {torch.get_num_threads()} threads, "
                f"{processes()} processes")
     versions = {"python": platform.python_version(), "torch": torch.__version__,
@@ -1137,13 +1137,13 @@ def cap(args):
         run.enter("other")
         run.dense = evaluate(teacher.to(device), args.task, dev_sets)
         say(f"dense, dev: {show_scores(run.dense)}")
-        named = dict(enumerate(words))
-        if run.dense.get("accuracy", 1) < 0.4 and teacher.config.id2label != named:
+        labels = teacher.config.id2label or {}
+        if run.dense.get("accuracy", 1) < 0.4 and set(labels.values()) != set(words):
             raise ValueError(f"{args.teacher} is mostly wrong: write an id2label, {words} in the "
                              f"order of its outputs, into its config, and delete {args.out}")
         run.enter("banks")
         store_ancestors(run, model, teacher, data)
-        run.stage, run.epoch, run.batch = 0, 0, 0
+        run.stage = run.epoch = run.batch = 0
     del teacher  # all that is needed of it is stored
     ancestors = load_ancestors(run, data, device)
 

@@ -805,13 +805,12 @@ def test_recipe(capsys):
     stages = cap_min.parse(["--task", "mnli", "--method", "structured", "--w-sup", "4"])
     assert (stages.sparsity, stages.epochs, stages.batch_size, stages.lr) == (0.9, 2, 16, 2e-5)
     assert (stages.w_unsup, stages.w_sup, stages.kd_temperature) == (0.3, 4, 1)
-    wanted = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    assert cap_min.stages(stages) == wanted and cap_min.stages(args) == [0.97]
+    assert cap_min.stages(stages) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     demo = cap_min.parse(["--max-length", "16"])
     assert (demo.task, demo.epochs, demo.max_length, demo.lr) == ("demo", 6, 16, 1e-3)
-    both = cap_min.parse(["--method", "structured", "--sparsity", "0.95"])
+    both = cap_min.parse(["--method", "structured", "--sparsity", "0.05"])
     assert (both.epochs, both.batch_size, both.lr) == (6, 16, 1e-3)
-    assert cap_min.stages(both) == [*wanted, 0.95]
+    assert cap_min.stages(both) == [0.05] and cap_min.stages(args) == [0.97]
     for wrong in ("--sparsity 1.0", "--sparsity nan", "--epochs 0", "--lr 0", "--seed -1",
                   "--w-sup nan", "--method hard", "--max-length 2", "--temperature cold",
                   "--without all"):
@@ -1190,25 +1189,26 @@ def test_labels_are_matched_to_words():
 
 
 def test_labels_of_a_teacher(pretrained, command, tmp_path, monkeypatch, capsys):
-    """Its outputs are put in the order of the task's words: the same logits. If it is mostly wrong,
-    it is taken with these words, but not with LABEL_0 and LABEL_1, which are perhaps the other way
-    round: the sentence tells what to do."""
-    teacher, folder, batch = from_pretrained(pretrained), tmp_path / "teacher", toy_batch()
-    options = command(tmp_path / "run", "movement", "--teacher", str(folder))
+    """Its outputs are put in the order of the task's words: the same logits. If mostly wrong, it is
+    taken with these words, but not with LABEL_0 ..., which are perhaps in another order."""
+    words, folder, batch = ["negative", "mixed", "positive"], tmp_path / "teacher", toy_batch()
+    monkeypatch.setitem(TASKS, "sst2", TASKS["sst2"]._replace(words=words))
+    teacher = from_pretrained(pretrained, 3)
+    options = ["--teacher", str(folder)]
     wanted = teacher(*batch)[0]
-    teacher.config.id2label = {0: "pos", 1: "NEG"}
+    teacher.config.id2label = {0: "pos", 1: "mixed", 2: "NEG"}
     for parameter in teacher.classifier.parameters():
         parameter.data = parameter.data.flip(0)
     save_pretrained(teacher, folder)
-    loaded = cap_min.load_fine_tuned(folder, cap_min.parse(options), teacher.config)
+    loaded = cap_min.load_fine_tuned(folder, cap_min.parse(command("run")), teacher.config)
     assert torch.equal(loaded(*batch)[0], wanted)
     monkeypatch.setattr(cap_min, "evaluate", lambda *given: {"accuracy": 0.39})
     stop_at(monkeypatch, "store_ancestors", 1)
-    for labels, status in (({0: "negative", 1: "positive"}, 130), (None, 2)):
+    for labels, status in ((dict(enumerate(words[::-1])), 130), (None, 2)):
         teacher.config.id2label = labels
         save_pretrained(teacher, folder)
-        assert main(options) == status
-    assert "an id2label, ['negative', 'positive'] in" in capsys.readouterr().err
+        assert main(command(tmp_path / str(status), "movement", *options)) == status
+    assert "an id2label, ['negative', 'mixed', 'positive'] in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, content, sentence", [

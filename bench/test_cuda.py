@@ -39,7 +39,7 @@ def test_no_step_waits_for_the_gpu(method, command, tmp_path, monkeypatch):
 
 
 def test_banks_outside_the_gpu(command, tmp_path, monkeypatch):
-    """A bank that takes more than half of what is free there gives the same losses from outside."""
+    """A bank that takes over a twentieth of what is free gives the same losses from outside."""
     logs, places, original = [], [], cap_min.Run.read
 
     def watched(run, name, device):
