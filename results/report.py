@@ -118,6 +118,18 @@ def demo_table():
                   "known only from pre-training", "contrast adds: seen", "only pre-training"], rows)
 
 
+def demo_verdicts():
+    """`verdict_table` of the demo's two dev sets."""
+    prefixes = {"90": "demo-sparsities/90-", "97": "demo-arms/", "99": "demo-sparsities/99-"}
+    scores = {}
+    for percent, prefix in prefixes.items():
+        found, columns = comparison(prefix), {}
+        for metric in ("accuracy", "accuracy_unseen"):
+            columns["demo", metric] = {arm: percents(found[arm], metric) for arm in found}
+        scores[percent] = columns
+    return verdict_table(scores)
+
+
 def ablation_table():
     """One row for each of DEMO_MODELS, and what CAP-m has more."""
     found = comparison("demo/")
@@ -696,7 +708,7 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "methods": methods_table,
+TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts, "methods": methods_table,
           "verdict": dev_verdicts, "verdict-held-out": held_out_verdicts,
           "answer": lambda: answer_table(dev_scores("answer"), ADDED),
           "answer-90": lambda: answer_table(dev_scores("answer-90"), {}),
