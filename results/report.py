@@ -120,14 +120,9 @@ def demo_table():
 
 def demo_verdicts():
     """`verdict_table` of the demo's two dev sets."""
-    prefixes = {"90": "demo-sparsities/90-", "97": "demo-arms/", "99": "demo-sparsities/99-"}
-    scores = {}
-    for percent, prefix in prefixes.items():
-        found, columns = comparison(prefix), {}
-        for metric in ("accuracy", "accuracy_unseen"):
-            columns["demo", metric] = {arm: percents(found[arm], metric) for arm in found}
-        scores[percent] = columns
-    return verdict_table(scores)
+    return verdict_table({"90": arm_scores("demo", "demo-sparsities/90-"),
+                          "97": arm_scores("demo", "demo-arms/"),
+                          "99": arm_scores("demo", "demo-sparsities/99-")})
 
 
 def ablation_table():
@@ -197,14 +192,19 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
+def arm_scores(task, prefix):
+    """{(task, metric): {arm: {seed: score}}} of the runs of a `comparison`."""
+    records, found = comparison(prefix), {}
+    for metric in records["dense"][0]["pruned"]:
+        found[task, metric] = {arm: percents(records[arm], metric) for arm in records}
+    return found
+
+
 def dev_scores(folder):
-    """{(task, metric): {arm: {seed: score}}} of the runs in answer/ or answer-90/ and, as "dense",
-    of their teachers."""
+    """`arm_scores` of the three tasks in answer/ or answer-90/."""
     found = {}
     for task in ("mnli", "qqp", "sst2"):
-        records = comparison(f"{folder}/{task}-")
-        for metric in records["dense"][0]["pruned"]:
-            found[task, metric] = {arm: percents(records[arm], metric) for arm in records}
+        found |= arm_scores(task, f"{folder}/{task}-")
     return found
 
 

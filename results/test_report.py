@@ -102,7 +102,7 @@ def test_verdicts(monkeypatch):
     """On the dev sets at 3 % CAP-m is 30 above KD, standard error 10: over twice that, and bold.
     Soft is 20 above movement, but for the error, 10, this is not more than twice; what fewer than
     two seeds have has no row. On held-out rows at 3 % there are two seeds of sparsity/ and two of
-    selection/."""
+    selection/, at 1 % there is one."""
     kd, cap, one = {0: 50, 1: 60}, {0: 90, 1: 80}, {0: 1}
     soft, column = {0: 80, 1: 70}, ("sst2", "accuracy")
 
@@ -121,6 +121,7 @@ def test_verdicts(monkeypatch):
     assert rows[3] == ["3 %", "+20.00 ± 10.00 (2) |"]
     rows = [row.split(" | ")[1:] for row in report.held_out_verdicts().splitlines()[2:]]
     assert rows[1] == ["3 %", "+15.00 ± 9.57 (4) |"]
+    assert [row[0] for row in rows] == ["10 %", "3 %", "3 %", "3 %"]
 
 
 def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
