@@ -287,7 +287,7 @@ def load_ancestors(run, data, device):
     for name, count in (("prc", 1), ("snc", run.snapshots), ("fic", 1)):
         if name not in run.args.without:
             banks[name] = [run.read(f"{name}-{i}", device) for i in range(count)]
-    return Ancestors(banks, run.read("logits", device).to(device), data.labels.round().to(device))
+    return Ancestors(banks, run.read("logits", device).to(device), data.labels.round())
 
 
 def add_snapshot(run, model, data, ancestors):
@@ -444,8 +444,8 @@ def batch_terms(model, batch, ancestors, chance, args):
 
 
 def train(run, model, data, ancestors=None, dev=None):
-    """Train `model` on `data` to the end of the run's stage; a dense teacher has no ancestors. dev:
-    scored after each epoch of pruning. ValueError if what is logged or saved is not finite."""
+    """Train `model` on `data` (on its device) to the end of the run's stage; a teacher has no
+    ancestors. dev: scored after each epoch of pruning. ValueError: a term or weight not finite."""
     args, device = run.args, model.classifier.weight.device
     # epochs and steps of the stage
     first, last = 0, TEACHER_EPOCHS
@@ -468,7 +468,6 @@ def train(run, model, data, ancestors=None, dev=None):
         replica.broadcast_buffers = False  # all processes have the same masks
     masked = ancestors is not None and args.method != "structured"
     parameters = list(model.parameters())
-    data = data.to(device)  # so that batches are cut there
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     model.train()
     while run.epoch < last:
@@ -595,7 +594,7 @@ def importance(run, model, data, ancestors):
     sums = [0.0] * len(readers)
     # the loss of every batch, as in a step, and its gradient for every unit
     model.eval()
-    for i, batch in enumerate(batches(data.to(readers[0].device), args.batch_size, args.seed, 0)):
+    for i, batch in enumerate(batches(data, args.batch_size, args.seed, 0)):
         terms, _ = batch_terms(model, batch, ancestors, randomness(args.seed, 0, i, 1), args)
         gradients = torch.autograd.grad(sum(terms.values()), readers)
         for j, gradient in enumerate(gradients):
@@ -898,7 +897,8 @@ def gather(rows, size):
 def join_processes():
     """Under torchrun: one process of a group (gloo, or nccl where there are GPUs)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=2))  # for downloads
 
 
@@ -1122,6 +1122,7 @@ def cap(args):
         return record
     run.begin()
     model.to(device)
+    data = data.to(device)  # so that batches are cut there
     say(f"{len(data)} examples on {device}, scores from {args.score_init}, {args.dtype}, "
         f"run folder {args.out}")
     if run.saved is not None:

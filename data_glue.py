@@ -30,7 +30,7 @@ class Task(NamedTuple):
     """Where a task's texts and labels stand, and how it is scored.
     `text_a`, `text_b` (None: single sentences) and `label` are columns by name; `header` has the
     names where GLUE's file has none. A label is written as one of `words`, which are in the order
-    of the classifier's outputs, or as its place there, from 0. No words: a regression, 0 to 5."""
+    of the outputs, or as its place there, unless these are numbers. No words: a score, 0 to 5."""
 
     folder: str
     text_a: str
@@ -85,12 +85,12 @@ def load(task, split, data_dir=None):
     what is not as the task says; FileNotFoundError for a file that is not there."""
     known = TASKS[task]
     path = f"{known.folder}/{known.files[split]}"
+    folder = Path(data_dir or cache_folder() / "glue")
     try:
-        root = glue_root(task) if data_dir is None else Path(data_dir)
+        root = glue_root(task, folder) if data_dir is None else folder
         return read_examples(known, root / path)
     except (zipfile.BadZipFile, FileNotFoundError):
-        where = data_dir or cache_folder() / "glue"
-        raise FileNotFoundError(f"{path} is not in {where}, or damaged: see --data-dir") from None
+        raise FileNotFoundError(f"{path} is not in {folder}, or damaged: see --data-dir") from None
 
 
 def read_examples(task, path):
@@ -151,7 +151,7 @@ def read_text(path):
 
 # a field in quotes, between tabs or the ends of a line; to begin with the quote itself, and to look
 # at what stands before it then, takes a fortieth of the time
-QUOTED = re.compile(r'"(?<![^\t\n]")((?:[^"]|"")*)"(?![^\t\r\n])')
+QUOTED = re.compile(r'"(?<![^\t\n]")([^"]*(?:""[^"]*)*)"(?![^\t\r\n])')
 
 
 def is_quoted(text):
@@ -165,7 +165,9 @@ def is_quoted(text):
 def read_label(task, written, where):
     """A label's position in the task's words, or the value of a regression. ValueError if none."""
     if task.words:
-        known = task.words + [str(i) for i in range(len(task.words))]
+        known = task.words
+        if not known[-1].isdecimal():
+            known = known + [str(i) for i in range(len(known))]
         if written not in known:
             raise ValueError(f"{where}: label {written[:50]!r}, not one of {', '.join(known)}")
         return known.index(written) % len(task.words)
@@ -189,15 +191,14 @@ SHA256 = {  # of the files there
 }
 
 
-def glue_root(task):
-    """Where the task's folder is: for the demo here, else in GLUE's archive, downloaded once."""
+def glue_root(task, folder):
+    """Where the task's folder is: for the demo here, else in `folder`, or in its archive there."""
     if task == "demo":
         return Path(__file__).parent
     name = TASKS[task].archive
     if name is None:
-        raise FileNotFoundError  # which `load` tells in words
-    packed = download(f"{GLUE_URL}/{name}", cache_folder() / "glue" / name, SHA256[name])
-    return zipfile.Path(packed)
+        return folder
+    return zipfile.Path(download(f"{GLUE_URL}/{name}", folder / name, SHA256[name]))
 
 
 # ------------------------------------------------------------------------- WordPiece
@@ -208,7 +209,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 
 def is_punctuation(char):
     """Unicode's punctuation, and every ASCII character that is no letter, digit or space."""
-    return unicodedata.category(char)[0] == "P" or (char.isascii() and not char.isalnum())
+    return unicodedata.category(char).startswith("P") or (char.isascii() and not char.isalnum())
 
 
 def read_vocab(path):
@@ -371,12 +372,12 @@ class Encoded:
         """The examples `index` (B,), padded to the longest: a dict of input_ids, attention_mask,
         token_type_ids (B, T), labels (B,) and index (B,), where the tokens are."""
         device, lengths = self.tokens.device, self.lengths[index, None]  # (B, 1)
-        position = torch.arange(int(lengths.max()), device=device)[None]  # (1, T)
+        position = torch.arange(int(lengths.max()), device=device)  # (T,)
         index, lengths = sent(index, device), sent(lengths, device)
         real = position < lengths  # (B, T)
         # where they lie; padding reads the example's last token, which then becomes [PAD]
-        where = self.starts[index][:, None] + position.minimum(lengths - 1)  # (B, T)
-        second = real & (position >= self.first[index][:, None])  # (B, T)
+        where = self.starts[index, None] + position.minimum(lengths - 1)  # (B, T)
+        second = real & (position >= self.first[index, None])  # (B, T)
         return {"input_ids": self.tokens[where].long() * real,  # [PAD] is id 0
                 "attention_mask": real.long(), "token_type_ids": second.long(),
                 "labels": self.labels[index], "index": index}

@@ -16,7 +16,7 @@ from bert_min import BertClassifier, from_pretrained  # noqa: E402
 from cap_min import encode, main, topk_mask  # noqa: E402
 from data_glue import WordPiece, encode_task, load  # noqa: E402
 from test_cap_min import (  # noqa: E402, F401
-    TINY, command, ends, glue, pretrained, record_of, start, steps_of, stop_at, toy_data, vocab)
+    TINY, command, ends, glue, pretrained, record_of, start, steps_of, toy_data, vocab, watch)
 
 pytestmark = pytest.mark.cuda
 
@@ -89,7 +89,7 @@ def test_run_on_a_gpu(method, command, vocab, glue, tmp_path, monkeypatch):
     options = command(tmp_path, "movement", "--method", method, "--sparsity", "0.5", "--device",
                       "cuda", "--dtype", "bf16")
     with monkeypatch.context() as patch:
-        stop_at(patch, "add_snapshot", 1)
+        watch(patch, "add_snapshot", 1)
         assert main(options) == 130
     assert main(options) == 0
     record, model = record_of(tmp_path), from_pretrained(tmp_path / "model")

@@ -174,7 +174,7 @@ def dense_side(options, folder):
     model.bert.embeddings.requires_grad_(False)
 
     def epoch(rows):
-        cap_min.train(begin(args), model, rows)
+        cap_min.train(begin(args), model, rows.to(device))
 
     return timed_epoch(epoch, data, options.warm * args.batch_size)
 
@@ -234,8 +234,10 @@ def pruning_phase(args, data, model):
     """The pruning phase as in cap_min.cap, of a model that is its own teacher; returns its
     ancestors. The dev set has SST-2's and MNLI's share of the training set."""
     run, dev = begin(args), data.head(math.ceil(len(data) / 100))
+    device = model.classifier.weight.device
+    data = data.to(device)
     cap_min.store_ancestors(run, model, model, data)
-    ancestors = cap_min.load_ancestors(run, data, model.classifier.weight.device)
+    ancestors = cap_min.load_ancestors(run, data, device)
     cap_min.add_masks(model, args.score_init)
     run.stage = 0
     run.enter("prune")
