@@ -61,7 +61,8 @@ class BertConfig:
         ValueError where it is malformed or not that of a plain BERT."""
         raw, config = read_json(path), cls()
         known = {"model_type": ["bert"], "hidden_act": ["gelu", "gelu_python"],  # the same function
-                 "position_embedding_type": ["absolute"]}
+                 "position_embedding_type": ["absolute"],
+                 "tokenizer_class": ["BertTokenizer", "BertTokenizerFast"]}
         for key, values in known.items():
             if raw.get(key) not in (None, *values):
                 raise ValueError(f"{path}: {key} is {raw[key]!r:.99}, not {values[0]!r}")
@@ -487,8 +488,7 @@ def save_safetensors(tensors, path):
     with replacing(path) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():
-            flat = tensor.contiguous().flatten()
-            file.write(flat.view(torch.uint8).numpy(force=True))
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy(force=True))
 
 
 def read_json(path, default=None):

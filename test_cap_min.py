@@ -1352,7 +1352,6 @@ def tokenizer_json(prefix="##", lowercase=True, first=0, **others):
     ids = {piece: i for i, piece in enumerate(PIECES, first)}
     return json.dumps({
         "model": {"type": "WordPiece", "vocab": ids, "continuing_subword_prefix": prefix},
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
         "normalizer": {"type": "BertNormalizer", "clean_text": True, "lowercase": lowercase,
                        "strip_accents": None, "handle_chinese_chars": True}, **others}).encode()
 
@@ -1372,6 +1371,7 @@ def tokenizer_json(prefix="##", lowercase=True, first=0, **others):
     ("config.json", b"", "config.json: damaged, not a JSON file"),
     ("config.json", b'{"model_type": "roberta"}', "model_type is 'roberta', not 'bert'"),
     ("config.json", b'{"hidden_act": "relu"}', "hidden_act is 'relu', not 'gelu'"),
+    ("config.json", b'{"tokenizer_class": "BertJapaneseTokenizer"}', "not 'BertTokenizer'"),
     *(("config.json", content, "config.json: impossible sizes")
       for content in (b'{"hidden_size": "16"}', b'{"num_attention_heads": 0}')),
     ("config.json", b'{"id2label": ["good", "bad"]}', "config.json: id2label"),
