@@ -29,8 +29,8 @@ from bert_min import cache_folder, download, read_json, write_json
 class Task(NamedTuple):
     """Where a task's texts and labels stand, and how it is scored.
     `text_a`, `text_b` (None: single sentences) and `label` are columns by name; `header` has the
-    names where GLUE's file has none. A label is written as one of `words`, which are in the order
-    of the outputs, or as its place there, unless these are numbers. No words: a score, 0 to 5."""
+    names where GLUE's file has none. A label is written as one of `words`, in the order of the
+    outputs, or, if they begin with letters, by its position. No words: a regression, 0 to 5."""
 
     folder: str
     text_a: str
@@ -85,7 +85,7 @@ def load(task, split, data_dir=None):
     what is not as the task says; FileNotFoundError for a file that is not there."""
     known = TASKS[task]
     path = f"{known.folder}/{known.files[split]}"
-    folder = Path(data_dir or cache_folder() / "glue")
+    folder = cache_folder() / "glue" if data_dir is None else Path(data_dir)
     try:
         root = glue_root(task, folder) if data_dir is None else folder
         return read_examples(known, root / path)
@@ -166,7 +166,7 @@ def read_label(task, written, where):
     """A label's position in the task's words, or the value of a regression. ValueError if none."""
     if task.words:
         known = task.words
-        if not known[-1].isdecimal():
+        if known[0][0].isalpha():  # else they could be numbers
             known = known + [str(i) for i in range(len(known))]
         if written not in known:
             raise ValueError(f"{where}: label {written[:50]!r}, not one of {', '.join(known)}")
@@ -192,7 +192,7 @@ SHA256 = {  # of the files there
 
 
 def glue_root(task, folder):
-    """Where the task's folder is: for the demo here, else in `folder`, or in its archive there."""
+    """Where the task's folder is: for the demo here, else in `folder` or a zip downloaded to it."""
     if task == "demo":
         return Path(__file__).parent
     name = TASKS[task].archive

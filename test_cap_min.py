@@ -180,8 +180,7 @@ def test_total_loss():
     P^s: L^u = log 3, L^s = log 3 / 2. SnC, K = 2, draws 2 / K = 1 example, of the anchor's label:
     C = 2 + 2, L^u = log 4 / 2, L^s = log 4 / 4. With w_u = 1/2, w_s = 7: 4 log 3 and 2 log 4.
     Before there is a snapshot, SnC is absent. With tau = 1 and the last row drawn turned round, Z =
-    2 e + 1/e; supcon divides by B = 1, so both are log Z - 1. CE takes the batch's labels. Squared
-    errors: 2^2 and (2^2 + 0) / 2. Eq. (8)."""
+    2 e + 1/e; supcon divides by B = 1: both log Z - 1. Errors: 2^2 and (2^2 + 0) / 2. Eq. (8)."""
     args = cap_min.parse(["--w-unsup", "0.5", "--w-sup", "7", "--extra", "2"])
     bank, labels = cap_min.to_bank(torch.tensor([[1.0, 0.0]] * 4)), tensor([0, 1, 1, 0], LONG)
     teacher_logits = tensor([[0, 0], [2 * math.log(3), 0], [0, 0], [0, 0]])
@@ -274,7 +273,7 @@ def test_metrics():
     assert data_glue.ranks(np.array([5, 5, 7])).tolist() == [1.5, 1.5, 3]
 
 
-# ============================================ part 2: properties of masks and banks
+# =============================================================== part 2: properties
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
 @pytest.mark.parametrize("density", [0.001, 0.03, 0.5, 0.999, 1.0])
@@ -361,8 +360,8 @@ def test_banks_hold_unit_vectors_of_the_right_ancestor(vocab, tmp_path):
     model, teacher, data = BertClassifier(config), BertClassifier(config).eval(), toy_data(vocab)
     run, cpu = toy_run(tmp_path), torch.device("cpu")
     cap_min.store_ancestors(run, model, teacher, data)
-    ancestors = cap_min.load_ancestors(run, replace(data, labels=data.labels + 0.4), cpu)
-    assert ancestors.labels.tolist() == [0, 1] * 5
+    ancestors = cap_min.load_ancestors(run, replace(data, labels=data.labels + 0.6), cpu)
+    assert ancestors.labels.tolist() == [1, 2] * 5
     snapshots = [BertClassifier(config), BertClassifier(config)]
     for snapshot in snapshots:
         cap_min.add_snapshot(run, snapshot, data, ancestors)
@@ -499,7 +498,7 @@ def test_dropout_keeps_its_share_and_the_mean():
     assert not bert_min.Dropout(1.0)(x).any()
 
 
-# ===================================== part 3: parity of loss, layer and classifier
+# =================================================================== part 3: parity
 
 @pytest.mark.parametrize("case", json.loads(
     (HERE / "fixtures" / "contrastive_cases.json").read_text())["cases"])
@@ -635,7 +634,7 @@ def test_wordpiece_is_that_of_transformers(lowercase, others, vocab, tmp_path):
             assert ours.encode(*pair, length) == (wanted.ids, wanted.type_ids)
 
 
-# ======================================================= part 4: behaviour of a run
+# ================================================================ part 4: behaviour
 
 cap_min.LOG_EVERY = 1
 METHODS = {"movement": ["--method", "movement"],
@@ -646,8 +645,8 @@ METHODS = {"movement": ["--method", "movement"],
 
 @pytest.fixture(scope="session")
 def command(pretrained, glue):
-    """command(out, method, *more): a run of 50 rows, of which an epoch has 7 steps: 2 epochs of the
-    teacher and 2 of pruning; CAP-f has 3 and 3 stages of one epoch."""
+    """command(out, method, *more): a run of 50 rows, of which an epoch has 7 steps: 3 epochs of the
+    teacher and 2 of pruning, of CAP-f 3 stages of one epoch."""
     return lambda out, method="movement", *more: [
         "--task", "sst2", "--model", str(pretrained), "--data-dir", str(glue), "--out", str(out),
         "--sparsity", "0.9", "--epochs", "2", "--max-train", "50", "--batch-size", "8",
@@ -683,9 +682,8 @@ def steps_of(run):
     return [line for line in log_of(run) if line["phase"] == "prune" and "loss" in line]
 
 
-def watch(monkeypatch, name, stop_at=None):
-    """The arguments of each call of this function of cap_min from now on. At the call with the
-    number `stop_at` Ctrl-C comes."""
+def watch(monkeypatch, name, *, stop_at=None):
+    """What this function of cap_min is given, call by call; at call `stop_at` Ctrl-C comes."""
     original, calls = functools.reduce(getattr, name.split("."), cap_min), []
 
     def watched(*given, **named):
@@ -716,8 +714,8 @@ def test_run_folder(whole):
 
 def test_log_tells_each_term_and_its_share(whole):
     """Every step has the terms, which sum to the loss, and their gradient shares; SnC comes with
-    the second epoch; every epoch has its dev score. Of 2 * 7 steps round(0.09 * 14) = 1 is warm-up,
-    the first 2 keep all, the last 3 a tenth."""
+    the second epoch; every epoch has its dev score, the last that of the record. Of 2 * 7 steps
+    round(0.09 * 14) = 1 is warm-up, the first 2 keep all, the last 3 a tenth."""
     run = whole("movement")
     lines = steps_of(run)
     assert [line["step"] for line in lines] == list(range(14))
@@ -799,6 +797,8 @@ def test_recipe(capsys):
     weights, scores = cap_min.make_optimizer(model, args).param_groups
     assert (weights["peak"], scores["peak"], len(scores["params"])) == (3e-5, 1e-2, 12)
     assert not any(p.any() for p in scores["params"])
+    weight = torch.tensor([[-3.0, 1.0, -1.0, 3.0]])  # its standard deviation is sqrt(20 / 3)
+    assert torch.allclose(Mask(weight, "magnitude").scores, weight.abs() / math.sqrt(20 / 3))
     assert weights["weight_decay"] == scores["weight_decay"] == 0
     for name, p in model.named_parameters():
         assert p.requires_grad != ("embeddings" in name)
@@ -819,9 +819,9 @@ def test_recipe(capsys):
         assert f"error: argument {wrong.split()[0]}: " in capsys.readouterr().err
 
 
-def test_step_line_fits_in_120_columns(capsys):
-    """With all six terms, of which CAP-soft's penalty starts below 680 * 0.68 = 462, after 122,720
-    steps of MNLI at 3 s each, and half a day to go. The end of a run tells each model's score."""
+def test_lines_on_the_terminal(capsys):
+    """A step line fits in 120 columns with all six terms, of which CAP-soft's starts below 680 *
+    0.68 = 462, after 122,720 steps of 3 s, and half a day to go. The end tells both scores."""
     terms = dict.fromkeys(("ce", "kd", "prc", "snc", "fic"), 9.87654) | {"l1": 462.4}
     entry = {"kept": 0.123456, "loss": sum(terms.values()), "lr": 2.9e-5, "ms": 3000.0,
              "examples_per_second": 10.7}
@@ -829,8 +829,8 @@ def test_step_line_fits_in_120_columns(capsys):
     assert re.fullmatch(r"12.3% \| 511.78 = ce 9.88 kd 9.88 prc 9.88 snc 9.88 fic 9.88 l1 462.40 "
                         r"\| 3e-05 \| 3000, 11, \d+\.\d", line)
     assert len(f"122720/122720 | {line} | 12:00:00") <= 120
-    cap_min.print_summary(types.SimpleNamespace(out=Path("run")), {
-        "dense": {"f1": 0.9}, "pruned": {"f1": 0.5}, "sparsity": {"total": 0.97}})
+    cap_min.print_summary(cap_min.parse([]), {"dense": {"f1": 0.9}, "pruned": {"f1": 0.5},
+                                              "sparsity": {"total": 0.97}})
     assert "dense, dev: f1 90.00\npruned, dev: f1 50.00\n" in capsys.readouterr().out
 
 
@@ -838,9 +838,8 @@ def test_soft_run(command, tmp_path, monkeypatch):
     """The penalty is lambda(t) mean sigmoid(S), where lambda(t) grows with the threshold: 0 in the
     2 dense steps of 14, then 5000 (1 - (1 - 1/9)^3), and 5000 from step 11 on; the mean is 0.68 at
     the start, where S = |W| / std(W), and falls. From step 11 on exactly k of all 4096 weights are
-    left; before, at most d(t), and with a threshold of 0.9, thus |W| > 2.2 std, less. Eq. (8). In
-    bf16 all other terms have their share, of the fp32 copy of the pooled vectors too. The seed sets
-    order and chance of every step, whose 8 extra rows are now these, now those of the 50."""
+    left; before, at most d(t), and with a threshold of 0.9, thus |W| > 2.2 std, less. Eq. (8). All
+    other terms have their share, in bf16 too. Order, chance and 8 extra rows go by the seed."""
     monkeypatch.setattr(cap_min, "SOFT_THRESHOLD", 0.9)
     terms, order = watch(monkeypatch, "cap_terms"), watch(monkeypatch, "batches")
     chance = watch(monkeypatch, "randomness")
@@ -923,13 +922,12 @@ def assert_same(first, second):
     "structured importance 1", "structured randomness 25", "structured remove_units 2",
     "structured randomness 38", "structured add_snapshot 2", "structured torch.save 20"])
 def test_stopped_anywhere_the_run_ends_the_same(place, whole, command, tmp_path, monkeypatch):
-    """Exit status 130, and the same command goes on. A save is due after the steps 3, 6 and 7 of an
-    epoch, of which 7 is the last and has none: up to two steps are done again, and their lines of
-    the log cut off."""
+    """Exit status 130, and the same command goes on. A save is due after steps 3, 6 and 7, but 7
+    ends the epoch and has none: up to three are done again, and their lines of the log cut off."""
     method, name, number = place.split()
     monkeypatch.setattr(Run, "due", lambda run: run.batch in (3, 6, 7))
     with monkeypatch.context() as patch:
-        watch(patch, name, int(number))
+        watch(patch, name, stop_at=int(number))
         assert main(command(tmp_path, method)) == 130
     assert not list(tmp_path.rglob("*.tmp"))
     assert main(command(tmp_path, method)) == 0
@@ -1012,7 +1010,7 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
     options = command(out, "movement", "--data-dir", str(folder), "--max-train", "320",
                       "--model", str(bert))
     with monkeypatch.context() as patch:
-        watch(patch, "export", 1)
+        watch(patch, "export", stop_at=1)
         assert main(options) == 130
     assert "the same command goes on" in capsys.readouterr().out
     state = out / "checkpoint" / "state.pt"
@@ -1038,7 +1036,8 @@ def test_a_run_is_known_by_its_content(command, pretrained, glue, tmp_path, monk
 
 
 def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch):
-    """The third loss is not a number: two steps are saved. The gradient of sqrt(x) at 0 is none."""
+    """The third loss is not a number: two steps are behind the newest state. A gradient that is
+    none, of sqrt(x) at 0, is seen in the weights."""
     factors = iter([1, 1, math.nan])
     for loss, name, good in ((lambda logits, _: logits.sum() * next(factors), "ce", 2),
                              (lambda logits, _: (0 * logits.sum()).sqrt(), "bert.embeddings", 0)):
@@ -1047,9 +1046,9 @@ def test_a_number_that_is_not_finite_is_never_saved(vocab, tmp_path, monkeypatch
         with pytest.raises(ValueError, match=f"^{name}.* is not finite at step .* a smaller --lr"):
             cap_min.train(run, BertClassifier(TINY), toy_data(vocab))
         state = torch.load(run.folder / "state.pt")
-        assert state["position"]["batch"] == good
-        assert sum(state["position"]["seconds"].values()) > 0
-        assert all(weight.isfinite().all() for weight in state["model"].values())
+        position, weights = state["position"], state["model"].values()
+        assert position["batch"] == good and sum(position["seconds"].values()) > 0
+        assert all(weight.isfinite().all() for weight in weights)
 
 
 # -------------------------------------------------- several processes, other devices
@@ -1163,7 +1162,7 @@ def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretraine
     small = cap_min.parse(command("run", "movement", "--max-length", "10", "--without", "fic"))
     cap_min.load_fine_tuned("small", small, model.config)  # it serves for distillation alone
     train, _ = cap_min.load_data(small, data_glue.load_tokenizer(pretrained), TINY)
-    assert train.lengths.max() == 10 and train.labels.sum() != 25  # as the first 50 rows have
+    assert train.lengths.max() == 10 and train.labels.tolist() != [0, 1] * 25  # the first 50 rows
     capsys.readouterr()
     assert main(command("run", "movement", *options)) == 2
     error = capsys.readouterr().err
@@ -1172,7 +1171,7 @@ def test_bad_arguments_end_in_one_sentence(options, sentence, command, pretraine
 
 
 def test_labels_are_matched_to_words():
-    """In order, or by themselves, beginnings or numbers; in data, numbers may be words alone."""
+    """In order, or by themselves, beginnings or numbers; in data a number is not both."""
     for labels, words, order in (
             (["no", "yes"], ["no", "yes"], [0, 1]), (["pos", "NEG"], ["neg", "Positive"], [1, 0]),
             (["sport", "sports"], ["sport", "sports"], [0, 1]), (["1", "0"], ["1", "0"], [0, 1]),
@@ -1185,6 +1184,7 @@ def test_labels_are_matched_to_words():
     assert [TASKS[name].words[1] for name in ("cola", "mrpc", "qqp", "wnli")] == [
         "acceptable", "equivalent", "duplicate", "entailment"]
     stars = data_glue.Task("stars", "text", None, "label", ["1", "2"])
+    assert [data_glue.read_label(stars, written, "") for written in "12"] == [0, 1]
     with pytest.raises(ValueError, match=": label '0', not one of 1, 2$"):
         data_glue.read_label(stars, "0", "stars")
     assert cap_min.label_order({1: "bad", 0: "good"}, ["bad", "good"]) == [1, 0]
@@ -1204,7 +1204,7 @@ def test_labels_of_a_teacher(pretrained, command, tmp_path, monkeypatch, capsys)
     loaded = cap_min.load_fine_tuned(folder, cap_min.parse(command("run")), teacher.config)
     assert torch.equal(loaded(*batch)[0], wanted)
     monkeypatch.setattr(cap_min, "evaluate", lambda *given: {"accuracy": 0.39})
-    watch(monkeypatch, "store_ancestors", 1)
+    watch(monkeypatch, "store_ancestors", stop_at=1)
     for labels, status in ((dict(enumerate(words[::-1])), 130), (None, 2)):
         teacher.config.id2label = labels
         save_pretrained(teacher, folder)

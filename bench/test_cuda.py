@@ -89,7 +89,7 @@ def test_run_on_a_gpu(method, command, vocab, glue, tmp_path, monkeypatch):
     options = command(tmp_path, "movement", "--method", method, "--sparsity", "0.5", "--device",
                       "cuda", "--dtype", "bf16")
     with monkeypatch.context() as patch:
-        watch(patch, "add_snapshot", 1)
+        watch(patch, "add_snapshot", stop_at=1)
         assert main(options) == 130
     assert main(options) == 0
     record, model = record_of(tmp_path), from_pretrained(tmp_path / "model")

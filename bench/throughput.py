@@ -198,7 +198,7 @@ def prune_side(options, folder):
     """The pruning phase, the parts of its steps at the final sparsity, and what CAP adds."""
     cap_min.tune_cpu()
     (args, device), data = settle(options, folder), make_data(options)
-    args.epochs = 2
+    args.epochs, data = 2, data.to(device)
     pruning_phase(args, data.head(options.warm * args.batch_size), make_model(options).to(device))
     gc.collect()  # that model is no part of the memory that is measured
     # all of it, while the parts of cap_min.train's steps are watched
@@ -234,10 +234,8 @@ def pruning_phase(args, data, model):
     """The pruning phase as in cap_min.cap, of a model that is its own teacher; returns its
     ancestors. The dev set has SST-2's and MNLI's share of the training set."""
     run, dev = begin(args), data.head(math.ceil(len(data) / 100))
-    device = model.classifier.weight.device
-    data = data.to(device)
     cap_min.store_ancestors(run, model, model, data)
-    ancestors = cap_min.load_ancestors(run, data, device)
+    ancestors = cap_min.load_ancestors(run, data, model.classifier.weight.device)
     cap_min.add_masks(model, args.score_init)
     run.stage = 0
     run.enter("prune")
