@@ -41,17 +41,16 @@ COMPARED = {**ADDED, "KD adds to movement": ("kd", "movement"),
 
 def comparison(prefix):
     """{method: [record of each seed]} of the files PREFIX + METHOD-seedN.json, and the teacher as
-    "dense". AssertionError unless the runs of a seed, of which CAP-m has all, differ in nothing but
-    the method."""
-    found = {}
+    "dense". AssertionError unless the runs of a seed differ in nothing but the method."""
+    found, first = {}, {}
     for path in sorted(HERE.glob(f"{prefix}*-seed*.json")):
         name = path.relative_to(HERE).as_posix().removeprefix(prefix)
         found.setdefault(name.rpartition("-seed")[0], []).append(read_json(path))
-    settings = {record["seed"]: setting(record) for record in found["cap"]}
     for method, records in found.items():
         for record in records:
-            assert setting(record) == settings[record["seed"]], f"{prefix}{method}: not as CAP-m's"
-    found["dense"] = [{**record, "pruned": record["dense"]} for record in found["cap"]]
+            other = first.setdefault(record["seed"], record)
+            assert setting(record) == setting(other), f"{prefix}{method}: not as others of its seed"
+    found["dense"] = [{**record, "pruned": record["dense"]} for record in first.values()]
     return found
 
 
@@ -120,9 +119,9 @@ def demo_table():
 
 def demo_verdicts():
     """`verdict_table` of the demo's two dev sets."""
-    return verdict_table({"90": arm_scores("demo", "demo-sparsities/90-"),
-                          "97": arm_scores("demo", "demo-arms/"),
-                          "99": arm_scores("demo", "demo-sparsities/99-")})
+    return verdict_table([("10 %", arm_scores("demo", "demo-sparsities/90-")),
+                          ("3 %", arm_scores("demo", "demo-arms/")),
+                          ("1 %", arm_scores("demo", "demo-sparsities/99-"))])
 
 
 def ablation_table():
@@ -224,12 +223,12 @@ def answer_table(scores, added):
 
 
 def verdict_table(scores):
-    """What each of COMPARED adds, a row for each density of {one of SPARSITIES: {(task, metric):
-    {arm: {seed: score}}}} that has two seeds of it; the first density has all columns. In bold what
-    is above twice its standard error."""
-    columns, rows = list(next(iter(scores.values()))), []
+    """What each of COMPARED adds, a row for each of [(weights left, {(task, metric): {arm: {seed:
+    score}}}), ...] that has two seeds of it; the first has all columns. In bold what is above twice
+    its standard error."""
+    columns, rows = list(scores[0][1]), []
     for name, (arm, other) in COMPARED.items():
-        for percent, found in scores.items():
+        for weights_left, found in scores:
             cells = []
             for column in columns:
                 arms = found.get(column, {})
@@ -237,23 +236,26 @@ def verdict_table(scores):
                 cell = f"{mean:+.2f} ± {error:.2f} ({count})" if count > 1 else ""
                 cells.append(f"**{cell}**" if abs(mean) > 2 * error else cell)
             if any(cells):
-                rows.append([name, SPARSITIES[percent], *cells])
+                rows.append([name, weights_left, *cells])
     return table(["what", "weights left", *(f"{task}, {metric}" for task, metric in columns)], rows)
 
 
 def dev_verdicts():
     """`verdict_table` of the dev sets."""
-    return verdict_table({"90": dev_scores("answer-90"), "97": dev_scores("answer")})
+    return verdict_table([("10 %", dev_scores("answer-90")), ("3 %", dev_scores("answer"))])
 
 
 def held_out_verdicts():
-    """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %."""
+    """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %, and there
+    the runs without KD, which have a teacher of their own."""
     found = held_out_scores()
     for column, scores in form_scores("selection").items():
         arms = found["97"][column]
         for arm in ARMS:
             arms[arm] = arms[arm] | scores[arm]
-    return verdict_table(found)
+    densities = [(SPARSITIES[percent], scores) for percent, scores in found.items()]
+    without_kd = arm_scores("qqp", "without-kd/qqp-") | arm_scores("sst2", "without-kd/sst2-")
+    return verdict_table([*densities, ("3 %", without_kd)])
 
 
 def pruning_log(run):
