@@ -198,7 +198,8 @@ def prune_side(options, folder):
     """The pruning phase, the parts of its steps at the final sparsity, and what CAP adds."""
     cap_min.tune_cpu()
     (args, device), data = settle(options, folder), make_data(options)
-    args.epochs, data = 2, data.to(device)
+    data = data.to(device)
+    args.epochs = 2
     pruning_phase(args, data.head(options.warm * args.batch_size), make_model(options).to(device))
     gc.collect()  # that model is no part of the memory that is measured
     # all of it, while the parts of cap_min.train's steps are watched
@@ -247,7 +248,7 @@ def contrastive_ms(args, data, ancestors, device):
     """Forward and backward of the contrastive terms, as in a step of the last epoch."""
     times = []
     width = ancestors.banks["prc"][0].size(1)
-    for batch in itertools.islice(batches(data.to(device), args.batch_size, 0), 30):
+    for batch in itertools.islice(batches(data, args.batch_size, 0), 30):
         pooled = torch.randn(len(batch["index"]), width, device=device, requires_grad=True)
         logits = ancestors.logits[batch["index"]]
         extra = torch.randperm(len(data))[:args.extra].to(device)

@@ -199,10 +199,10 @@ def arm_scores(task, prefix):
     return found
 
 
-def dev_scores(folder):
-    """`arm_scores` of the three tasks in answer/ or answer-90/."""
+def task_scores(folder, tasks=("mnli", "qqp", "sst2")):
+    """`arm_scores` of these tasks in answer/, answer-90/ or without-kd/."""
     found = {}
-    for task in ("mnli", "qqp", "sst2"):
+    for task in tasks:
         found |= arm_scores(task, f"{folder}/{task}-")
     return found
 
@@ -242,7 +242,7 @@ def verdict_table(scores):
 
 def dev_verdicts():
     """`verdict_table` of the dev sets."""
-    return verdict_table([("10 %", dev_scores("answer-90")), ("3 %", dev_scores("answer"))])
+    return verdict_table([("10 %", task_scores("answer-90")), ("3 %", task_scores("answer"))])
 
 
 def held_out_verdicts():
@@ -254,8 +254,7 @@ def held_out_verdicts():
         for arm in ARMS:
             arms[arm] = arms[arm] | scores[arm]
     densities = [(SPARSITIES[percent], scores) for percent, scores in found.items()]
-    without_kd = arm_scores("qqp", "without-kd/qqp-") | arm_scores("sst2", "without-kd/sst2-")
-    return verdict_table([*densities, ("3 %", without_kd)])
+    return verdict_table([*densities, ("3 %", task_scores("without-kd", ("qqp", "sst2")))])
 
 
 def pruning_log(run):
@@ -712,8 +711,8 @@ def equation_table():
 
 TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts, "methods": methods_table,
           "verdict": dev_verdicts, "verdict-held-out": held_out_verdicts,
-          "answer": lambda: answer_table(dev_scores("answer"), ADDED),
-          "answer-90": lambda: answer_table(dev_scores("answer-90"), {}),
+          "answer": lambda: answer_table(task_scores("answer"), ADDED),
+          "answer-90": lambda: answer_table(task_scores("answer-90"), {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table(form_scores("selection")),
           "other-forms": lambda: forms_table(form_scores("other-forms")),

@@ -109,14 +109,14 @@ def test_verdicts(monkeypatch):
     def arms(**scores):
         return {column: {"cap": cap, "soft-kd": {0: 50}, "cap-soft": {}} | scores}
 
-    monkeypatch.setattr(report, "dev_scores", lambda folder: arms(kd=kd, **{"soft-kd": soft}))
+    scores = {"without-kd": {column: {"kd": {0: 60, 1: 60}, "movement": {0: 50, 1: 51}}}}
+    scores["answer"] = scores["answer-90"] = arms(kd=kd, **{"soft-kd": soft})
+    monkeypatch.setattr(report, "task_scores", lambda folder, *tasks: scores[folder])
     monkeypatch.setattr(report, "held_out_scores", lambda: {
         "90": arms(kd=kd), "97": arms(kd=kd), "99": arms(kd=one, cap=one)})
     more = {2: 55, 3: 55}
     monkeypatch.setattr(report, "form_scores", lambda folder: {column: dict.fromkeys(
         report.ARMS, more)})
-    monkeypatch.setattr(report, "arm_scores", lambda task, prefix: {(task, "accuracy"): {
-        "kd": {0: 60, 1: 60}, "movement": {0: 50, 1: 51}}})
     rows = [row.split(" | ")[1:] for row in report.dev_verdicts().splitlines()[2:]]
     assert len(rows) == 4
     assert rows[1] == ["3 %", "**+30.00 ± 10.00 (2)** |"]
