@@ -66,11 +66,6 @@ def percents(records, metric):
     return {record["seed"]: 100 * record["pruned"][metric] for record in records}
 
 
-def show(scores):
-    """Scores of one model, in percent: "63.0/64.8"."""
-    return "/".join(f"{100 * value:.1f}" for value in scores.values())
-
-
 def table(head, rows):
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -207,6 +202,20 @@ def task_scores(folder, tasks=("mnli", "qqp", "sst2")):
     return found
 
 
+def answer_scores():
+    """`task_scores` of answer/, and of the runs without KD in answer-no-kd/, which have a teacher
+    and a source of their own."""
+    return with_seeds(task_scores("answer"), task_scores("answer-no-kd"), WITHOUT_KD)
+
+
+def with_seeds(scores, more, arms):
+    """{(task, metric): {arm: {seed: score}}} with the seeds that these arms have in `more`."""
+    for column, found in more.items():
+        for arm in arms:
+            scores[column][arm] = scores[column].get(arm, {}) | found[arm]
+    return scores
+
+
 def answer_table(scores, added):
     """One column for each score of a task: mean and standard deviation of the teacher, ARMS and
     what else was run, and, paired by seed, the differences `added`, {name: (arm, other arm)}."""
@@ -242,17 +251,14 @@ def verdict_table(scores):
 
 def dev_verdicts():
     """`verdict_table` of the dev sets."""
-    return verdict_table([("10 %", task_scores("answer-90")), ("3 %", task_scores("answer"))])
+    return verdict_table([("10 %", task_scores("answer-90")), ("3 %", answer_scores())])
 
 
 def held_out_verdicts():
     """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %, and there
     the runs without KD, which have a teacher of their own."""
     found = held_out_scores()
-    for column, scores in form_scores("selection").items():
-        arms = found["97"][column]
-        for arm in ARMS:
-            arms[arm] = arms[arm] | scores[arm]
+    with_seeds(found["97"], form_scores("selection"), ARMS)
     densities = [(SPARSITIES[percent], scores) for percent, scores in found.items()]
     return verdict_table([*densities, ("3 %", task_scores("without-kd", ("qqp", "sst2")))])
 
@@ -322,35 +328,6 @@ def draw_kept():
             axis.set_ylabel("layer", fontsize=8)
         axis.set_xticks(range(len(KINDS)), KINDS.values(), rotation=40, ha="right", fontsize=8)
     save(figure, "kept.svg")
-
-
-def method_records(task):
-    """{METHOD-TERMS: record} of methods/. AssertionError unless the runs have the same rows, source
-    and teacher, and each the options of the one with the contrastive terms."""
-    found = {}
-    for path in (HERE / "methods").glob(f"{task}-*.json"):
-        found[path.stem.removeprefix(f"{task}-")] = read_json(path)
-    for name, record in found.items():
-        assert setting(record)[1:] == setting(found["movement-cap"])[1:], f"{task}-{name}"
-        assert setting(record) == setting(found[name.split("-")[0] + "-cap"]), f"{task}-{name}"
-    return found
-
-
-def methods_table():
-    """Every criterion by cross-entropy alone, with distillation, and with the contrastive terms."""
-    rows = []
-    for task in ("mnli", "sst2"):
-        found = method_records(task)
-        rows.append([task, "the teacher", "100.0%", show(found["movement"]["dense"]), "", ""])
-        for method in sorted({name.partition("-")[0] for name in found}):
-            weights_left = 1 - found[f"{method}-cap"]["sparsity"]["total"]
-            row = [task, method, f"{weights_left:.1%}"]
-            for terms in ("", "-kd", "-cap"):
-                record = found.get(method + terms)
-                row.append(show(record["pruned"]) if record else "")
-            rows.append(row)
-    return table(["task", "method", "weights left", "cross-entropy", "and distillation",
-                  "and contrastive terms: CAP"], rows)
 
 
 def probe_table():
@@ -530,31 +507,39 @@ STRUCTURED = {"cap": "CAP-f", "kd": "CAP-f without contrast", "lower3": "the low
               "lower1": "the lowest layer"}
 
 
-def structured_scores():
-    """{run of STRUCTURED: {percent of encoder weights left: score}} on 2,000 held-out rows: at the
-    end of each stage of CAP-f, and of a model of fewer layers after its last epoch."""
+def structured_scores(task):
+    """{run of STRUCTURED: {percent of encoder weights left: {seed: score}}} on 2,000 held-out rows:
+    at the end of each stage of CAP-f, and of a model of fewer layers after its last epoch."""
     found = {}
     for run in STRUCTURED:
         scores = found[run] = {}
-        for entry in pruning_log(f"structured/sst2-{run}-seed0"):
-            if "dev" in entry:
+        for path in sorted(HERE.glob(f"structured/{task}-{run}-seed*.jsonl")):
+            for entry in pruning_log(f"structured/{path.stem}"):
+                if "dev" not in entry:
+                    continue
                 left = entry["kept"]
                 if run.startswith("lower"):  # whose record knows nothing of the layers above
                     left *= int(run[-1]) / 6
-                scores[round(100 * left)] = 100 * entry["dev"]["accuracy"]
+                seeds = scores.setdefault(round(100 * left), {})
+                seeds[path.stem[-1]] = 100 * entry["dev"]["accuracy"]
     return found
 
 
 def structured_table():
-    """One row for each density, from the most weights to the fewest."""
-    found, rows = structured_scores(), []
-    densities = {left for scores in found.values() for left in scores}
-    for left in sorted(densities, reverse=True):
-        row = [f"{left} %"]
-        for scores in found.values():
-            row.append(f"{scores[left]:.1f}" if left in scores else "")
-        rows.append(row)
-    return table(["encoder weights left", *STRUCTURED.values()], rows)
+    """One row for each density of a task, from the most weights to the fewest."""
+    rows = []
+    for task in ("sst2", "mnli"):
+        found = structured_scores(task)
+        densities = {left for scores in found.values() for left in scores}
+        for left in sorted(densities, reverse=True):
+            row = [task, f"{left} %"]
+            for scores in found.values():
+                row.append(spread(scores[left].values()) if left in scores else "")
+            more = ""
+            if left in found["cap"]:
+                more = paired(found["cap"][left], found["kd"].get(left, {}))
+            rows.append([*row, more])
+    return table(["task", "encoder weights left", *STRUCTURED.values(), "contrast adds"], rows)
 
 
 TIMED = {  # record in results/, all of one teacher: name of its row
@@ -594,12 +579,15 @@ def speed_table():
 
 
 def draw_structured():
-    """results/structured.svg: scores over densities, a dot for each and a line for each of
-    STRUCTURED, and over the speed of what was timed."""
+    """results/structured.svg: scores of SST-2 over densities, a dot for each seed and a line at the
+    mean of each of STRUCTURED, and over the speed of what was timed."""
     from matplotlib import pyplot
     figure, (densities, speeds) = pyplot.subplots(1, 2, figsize=(10, 3.4))
-    for run, scores in structured_scores().items():
-        densities.plot(scores.keys(), scores.values(), "o-", label=STRUCTURED[run])
+    for i, (run, scores) in enumerate(structured_scores("sst2").items()):
+        means = [statistics.mean(seeds.values()) for seeds in scores.values()]
+        densities.plot(scores.keys(), means, "-", color=f"C{i}", label=STRUCTURED[run])
+        for left, seeds in scores.items():
+            densities.plot([left] * len(seeds), seeds.values(), "o", color=f"C{i}", alpha=0.5)
     densities.invert_xaxis()
     densities.set_xlabel("encoder weights left, %")
     densities.set_ylabel("accuracy on 2,000 held-out rows, %")
@@ -665,8 +653,7 @@ def latency_table():
     """A row for each record and number type, a column for each batch x length of `speedups`."""
     sizes = [(batch, length) for batch in (1, 8) for length in (32, 128, 384)]
     lines = []
-    paths = [*HERE.glob("latency-*.json"), *HERE.glob("methods/latency-*.json")]
-    for path in sorted(paths):
+    for path in sorted(HERE.glob("latency-*.json")):
         record = read_json(path)
         name = f"{path.stem.removeprefix('latency-')}, {record['sparsity']:.0%}"
         faster = speedups(record)
@@ -709,14 +696,13 @@ def equation_table():
 
 # ----------------------------------------------------------------------------- pages
 
-TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts, "methods": methods_table,
+TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts,
           "verdict": dev_verdicts, "verdict-held-out": held_out_verdicts,
-          "answer": lambda: answer_table(task_scores("answer"), ADDED),
+          "answer": lambda: answer_table(answer_scores(), ADDED),
           "answer-90": lambda: answer_table(task_scores("answer-90"), {}),
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table(form_scores("selection")),
           "other-forms": lambda: forms_table(form_scores("other-forms")),
-          "criterion": lambda: forms_table(form_scores("criterion")),
           "rows-4000": lambda: forms_table(form_scores("rows-4000")),
           "forms-90": lambda: forms_table(ten_percent()), "density": density_table,
           "structured": structured_table, "speed": speed_table,

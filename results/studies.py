@@ -5,8 +5,8 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           CAP-m, its ablations and plain pruning on equal data and budget: OUT/compare.md
       python results/studies.py probe RUN --task rte
           what the encoders of a finished run know of another task: RUN/probe_rte.json
-      python results/studies.py score RUN --data-dir GLUE
-          a finished run on the dev sets of another data folder: RUN/scores.json
+      python results/studies.py score RUN... --data-dir GLUE
+          finished runs on the dev sets of another data folder: RUN/scores.json
       python results/studies.py geometry RUN
           what the contrastive losses ask for, at the ancestors of a finished run: RUN/geometry.json
       python results/studies.py grid LIST --jobs 2 --minutes 170 --out FOLDER
@@ -551,8 +551,8 @@ def main(argv=None):
     add("--max-train", type=cap_min.number(int, 1), help="training rows; None: all")
     encoders = ["pruned", "dense", "pretrained"]
     add("--encoders", nargs="+", choices=encoders, default=encoders, help="those to be probed")
-    add = studies.add_parser("score", help="a run on the dev sets of other data").add_argument
-    add("run", type=Path, help="folder of a finished run")
+    add = studies.add_parser("score", help="runs on the dev sets of other data").add_argument
+    add("runs", type=Path, nargs="+", metavar="run", help="folder of a finished run")
     add("--data-dir", type=os.path.abspath, help="folder with the task's folder; None: downloaded")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu")
     add = studies.add_parser("geometry", help="what the losses ask for").add_argument
@@ -591,7 +591,8 @@ def main(argv=None):
             del args.run, args.study  # what is left is the probe's configuration
             probe(run, args)
         elif args.study == "score":
-            score_again(args.run, args)
+            for run in args.runs:
+                score_again(run, args)
         elif args.study == "geometry":
             geometry(args.run, args.device)
         elif args.study == "hold-out":

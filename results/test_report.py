@@ -101,8 +101,9 @@ def test_rows_of_a_density(tmp_path, monkeypatch):
 def test_verdicts(monkeypatch):
     """On the dev sets at 3 % CAP-m is 30 above KD, standard error 10: over twice that, and bold.
     Soft is 20 above movement, but for the error, 10, this is not more than twice; what fewer than
-    two seeds have has no row. On held-out rows at 3 % there are two seeds of sparsity/ and two of
-    selection/, and by other runs KD adds 9.5 to movement; at 1 % there is one seed."""
+    two seeds have has no row. Movement has a seed in answer/ and one in answer-no-kd/. On held-out
+    rows at 3 % there are two seeds of sparsity/ and two of selection/, and by other runs KD adds 9.5
+    to movement; at 1 % there is one seed."""
     kd, cap, one = {0: 50, 1: 60}, {0: 90, 1: 80}, {0: 1}
     soft, column = {0: 80, 1: 70}, ("sst2", "accuracy")
 
@@ -110,7 +111,9 @@ def test_verdicts(monkeypatch):
         return {column: {"cap": cap, "soft-kd": {0: 50}, "cap-soft": {}} | scores}
 
     scores = {"without-kd": {column: {"kd": {0: 60, 1: 60}, "movement": {0: 50, 1: 51}}}}
-    scores["answer"] = scores["answer-90"] = arms(kd=kd, **{"soft-kd": soft})
+    scores["answer-90"] = arms(kd=kd, **{"soft-kd": soft})
+    scores["answer"] = arms(kd=kd, **{"soft-kd": soft, "movement": {0: 40}})
+    scores["answer-no-kd"] = {column: {"movement": {1: 49}, "magnitude": {1: 9}}}
     monkeypatch.setattr(report, "task_scores", lambda folder, *tasks: scores[folder])
     monkeypatch.setattr(report, "held_out_scores", lambda: {
         "90": arms(kd=kd), "97": arms(kd=kd), "99": arms(kd=one, cap=one)})
@@ -118,9 +121,10 @@ def test_verdicts(monkeypatch):
     monkeypatch.setattr(report, "form_scores", lambda folder: {column: dict.fromkeys(
         report.ARMS, more)})
     rows = [row.split(" | ")[1:] for row in report.dev_verdicts().splitlines()[2:]]
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert rows[1] == ["3 %", "**+30.00 ± 10.00 (2)** |"]
     assert rows[3] == ["3 %", "+20.00 ± 10.00 (2) |"]
+    assert rows[4] == ["3 %", "**+10.50 ± 0.50 (2)** |"]
     rows = [row.split(" | ")[1:] for row in report.held_out_verdicts().splitlines()[2:]]
     assert rows[1] == ["3 %", "+15.00 ± 9.57 (4) |"]
     assert [row[0] for row in rows] == ["10 %", "3 %", "3 %", "3 %", "3 %"]
@@ -128,19 +132,23 @@ def test_verdicts(monkeypatch):
 
 
 def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
-    """CAP-f has a row after each stage; of fewer layers the score after the last of two epochs
-    counts, and 3 of 6 layers are half of the weights."""
+    """CAP-f has a row after each stage, with the mean of its seeds and what the contrast adds; of
+    fewer layers the score after the last of two epochs counts, and 3 of 6 layers are half of the
+    weights."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "structured").mkdir()
-    for run, scores in {"cap": [(0.899, 0.9), (0.5, 0.8)], "kd": [(0.9, 0.7)],
-                        "lower3": [(1, 0.5), (1, 0.6)], "lower1": [(1, 0.4)]}.items():
+    for run, scores in {"sst2-cap-seed0": [(0.899, 0.9), (0.5, 0.8)],
+                        "sst2-cap-seed1": [(0.9, 0.7)], "sst2-kd-seed0": [(0.9, 0.7)],
+                        "mnli-lower3-seed0": [(1, 0.5), (1, 0.6)],
+                        "sst2-lower1-seed0": [(1, 0.4)]}.items():
         lines = [{"phase": "prune", "kept": 1, "loss": 2}]
         for kept, accuracy in scores:
             lines.append({"phase": "prune", "kept": kept, "dev": {"accuracy": accuracy}})
-        (tmp_path / "structured" / f"sst2-{run}-seed0.jsonl").write_text(
-            "\n".join(map(json.dumps, lines)))
+        (tmp_path / "structured" / f"{run}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert report.structured_table().splitlines()[2:] == [
-        "| 90 % | 90.0 | 70.0 |  |  |", "| 50 % | 80.0 |  | 60.0 |  |", "| 17 % |  |  |  | 40.0 |"]
+        "| sst2 | 90 % | 80.0 ± 14.1 | 70.0 |  |  | +20.00 (n = 1) |",
+        "| sst2 | 50 % | 80.0 |  |  |  | no common seed |",
+        "| sst2 | 17 % |  |  |  | 40.0 |  |", "| mnli | 50 % |  |  | 60.0 |  |  |"]
 
 
 def test_scores_beside_speed(tmp_path, monkeypatch):
@@ -177,7 +185,7 @@ def test_scores_beside_speed(tmp_path, monkeypatch):
 
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows."""
-    for folder in ("selection", "other-forms", "criterion", "rows-4000"):
+    for folder in ("selection", "other-forms", "rows-4000"):
         names = {path.stem.partition("-")[2].rpartition("-")[0]
                  for path in (HERE / folder).glob("*.json")}
         assert names <= set(report.FORM_NAMES)
