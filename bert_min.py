@@ -10,8 +10,7 @@ Symbols in the shape comments
     B  examples in a batch          D  hidden_size           F  intermediate_size
     T  tokens in the longest one    H  attention heads       L  num_labels
     Q  queries: T, or 1 where the last layer computes [CLS] alone
-Modules are named as in `BertForSequenceClassification`, so that files go both ways untranslated.
-"""
+Modules are named as in `BertForSequenceClassification`, so that files go both ways untranslated."""
 
 import contextlib
 import copy
@@ -99,7 +98,7 @@ class Dropout(nn.Dropout):
         if not self.training or self.p in (0, 1) or x.device.type != "cpu":
             return super().forward(x)
         # dropped if its 16-bit number, -2^15 to 2^15 - 1, is among the lowest p * 2^16
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
         bits = bits.view(torch.int16)[:x.numel()].view_as(x)
         keep = bits.ge_(round(self.p * 2 ** 16) - 2 ** 15)  # 1 or 0
         return x * keep.to(x.dtype).div_(1 - self.p)
@@ -161,7 +160,7 @@ class ProjectAddNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x, residual):
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (B, T, D)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)  # (B, Q, D)
 
 
 # --------------------------------------------------------------- feed-forward, layer

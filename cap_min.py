@@ -15,7 +15,7 @@ Glossary: symbol of the equations -> name in the code, shape
     b_j^m     bank[m][j] (D,)         unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
     I, E      index, extra            the batch, and examples drawn from the whole training set
-    C_i, P_i  similarity (B, C)       what anchor i is compared with, and the positives among it
+    C_i, P_i  vectors, positive       what anchor i is compared with, and the positives among it
     tau       temperature             0.1
     W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
     d(t)      density                 fraction of weights kept at step t; sparsity = 1 - density
@@ -23,8 +23,7 @@ Glossary: symbol of the equations -> name in the code, shape
     w_.       args.w_unsup, ...       weights of the terms of the loss
 Sizes: B batch, N training examples, K ancestors in a bank, D hidden size, C candidates, L labels.
 The equations (1) to (8) are written out in README.md; each is marked here as `# eq. (n)`.
-To follow a run: `main`, `cap`, `train`, `batch_terms`, `cap_terms`, `contrastive_loss`.
-"""
+To follow a run: `main`, `cap`, `train`, `batch_terms`, `cap_terms`, `contrastive_loss`."""
 
 import argparse
 import copy
@@ -129,8 +128,8 @@ class StraightThrough(torch.autograd.Function):
 
 class Mask(nn.Module):
     """The mask of a weight matrix: as its parametrization it makes `layer.weight` W' = W * M. M has
-    the best of trainable `scores`, which start at 0 (score_init "zero", as published) or at
-    |W| / std(W) ("magnitude"): short runs end before scores from 0 have learnt what matters.
+    a 1 for the highest of trainable `scores`, which start at 0 (score_init "zero", as published) or
+    at |W| / std(W) ("magnitude"): short runs end before scores from 0 have learnt what matters.
     "none": magnitude pruning, where |W| is the score."""
 
     def __init__(self, weight, score_init):
@@ -316,10 +315,10 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
                          for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
     candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
-    # similarities; an anchor is none of its own candidates
+    # similarities (bank times anchors is the faster order); no anchor is its own candidate
     scaled = q / temperature
-    among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B)
-    similarity = torch.cat([among, (vectors @ scaled.T).T], dim=1)  # (B, C), eq. (4)
+    among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B), j != i of eq. (4)
+    similarity = torch.cat([among, (vectors @ scaled.T).T], dim=1)  # (B, C), s_ic of eq. (5)
     log_p = similarity.log_softmax(dim=1)  # (B, C), eq. (5)
     # positives: the same example, or the same label
     same_example = index[:, None] == candidate_index  # (B, C), P^u of eq. (6)
@@ -343,19 +342,19 @@ def task_loss(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def distillation_loss(logits, teacher_logits, temperature=2.0):
+def distillation_loss(logits, teacher_logits, kd_temperature=2.0):
     """T^2 KL(teacher_T || student_T), mean over the batch; the squared error of a regression."""
     if logits.size(1) == 1:
         return F.mse_loss(logits, teacher_logits)
-    student = (logits / temperature).log_softmax(dim=1)  # (B, L)
-    teacher = (teacher_logits / temperature).log_softmax(dim=1)  # (B, L)
+    student = (logits / kd_temperature).log_softmax(dim=1)  # (B, L)
+    teacher = (teacher_logits / kd_temperature).log_softmax(dim=1)  # (B, L)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return temperature ** 2 * divergence  # last term of eq. (8)
+    return kd_temperature ** 2 * divergence  # last term of eq. (8)
 
 
 def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}: all but CAP-soft's own.
-    extra: rows; K ancestors use the first args.extra // K, so that all give as many candidates."""
+    extra: rows; K ancestors use the first args.extra // K, together no more than args.extra."""
     # what the labels and the teacher say
     index, labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
@@ -448,11 +447,11 @@ def train(run, model, data, ancestors=None, dev=None):
     ancestors. dev: scored after each epoch of pruning. ValueError: a term or weight not finite."""
     args, device = run.args, model.classifier.weight.device
     # epochs and steps of the stage
-    first, last = 0, TEACHER_EPOCHS
+    first, end = 0, TEACHER_EPOCHS
     if ancestors is not None:
-        first, last = run.stage * args.epochs, (run.stage + 1) * args.epochs
+        first, end = run.stage * args.epochs, (run.stage + 1) * args.epochs
     steps = math.ceil(len(data) / args.batch_size)  # of an epoch
-    total = (last - first) * steps
+    total = (end - first) * steps
     warmup = round(args.warmup * total)
     # model and optimizer, as they were if the run was stopped in this stage
     optimizer = make_optimizer(model, args)
@@ -470,7 +469,7 @@ def train(run, model, data, ancestors=None, dev=None):
     parameters = list(model.parameters())
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     model.train()
-    while run.epoch < last:
+    while run.epoch < end:
         last_line, unreported = time.perf_counter(), 0  # when it was, and steps since then
         for batch in batches(data, args.batch_size, args.seed, run.epoch, run.batch):
             step = (run.epoch - first) * steps + run.batch
@@ -712,7 +711,7 @@ class Run:
     def save(self, model, optimizer):
         """Write state.pt. ValueError if a weight is not finite: what was saved before is better."""
         check_finite(dict(model.named_parameters()), f"{self.batch} of epoch {self.epoch + 1}")
-        self.enter(self.phase)
+        self.enter(self.phase)  # counts the time, and starts the clock of `due` anew
         self.log_size = self.log_path.stat().st_size
         position = asdict(self)
         del position["args"], position["config"]
@@ -761,14 +760,14 @@ class Run:
 
 def run_config(args, data, dev_sets, model, teacher):
     """What decides the result of a run: flags, rows, weights of the models it is given."""
-    weights = hashlib.sha256(str(model.config).encode())
+    digest = hashlib.sha256(str(model.config).encode())
     for module in (model.bert, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
-                weights.update(tensor.cpu().numpy())
+                digest.update(tensor.cpu().numpy())
     config = {name: value for name, value in vars(args).items()
               if name not in ("out", "device", "checkpoint_minutes")}  # the machine's
-    return config | {"train_sha256": data.sha256(), "weights_sha256": weights.hexdigest(),
+    return config | {"train_sha256": data.sha256(), "weights_sha256": digest.hexdigest(),
                      "dev_sha256": [rows.sha256() for rows in dev_sets.values()]}
 
 
@@ -778,8 +777,9 @@ def finished_record(run):
     out = run.args.out
     before = read_json(out / "config.json", {})
     if before:
-        differing = [f"{name} {before.get(name)!s:.20}" for name, value in run.config.items()
-                     if name not in ("model", "teacher", "data_dir") and value != before.get(name)]
+        differing = [f"{name} {before.get(name)!s:.20}" for name in before | run.config
+                     if name not in ("model", "teacher", "data_dir")
+                     and run.config.get(name) != before.get(name)]
         if differing:
             raise ValueError(f"{out} has a run with {', '.join(differing)}; it goes on with these, "
                              "another run needs another --out")
@@ -800,7 +800,7 @@ def export(model, tokenizer, task, folder):
 def make_record(run, model, data, dev_sets):
     """What a figure in a table must be able to show for itself. model: the exported one."""
     args, device = run.args, model.classifier.weight.device
-    # scores, and how fast they were had
+    # scores, and the speed of both trainings
     pruned, sparsity = evaluate(model, args.task, dev_sets), sparsity_report(model)
     run.enter("other")
     speeds, pruning_epochs = {}, args.epochs * len(stages(args))
@@ -910,7 +910,7 @@ STRUCTURED = {"sparsity": 0.9, "epochs": 2, "batch_size": 16, "lr": 2e-5, "w_uns
 
 
 def number(kind, low, below=2 ** 31):
-    """A type of argparse: a number of `kind` with low <= number < below."""
+    """A type of argparse, "number" in its errors: one of `kind` with low <= number < below."""
     def number(text):
         if not low <= kind(text) < below:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {below})")
@@ -927,8 +927,8 @@ FLAGS = {
         ("--task", "demo", TASKS, "GLUE task, snli, or demo/'s small world with its own model"),
         ("--sparsity", 0.97, fraction, "fraction of encoder weights to prune"),
         ("--method", "soft", ("soft", "movement", "magnitude", "structured"),
-         "one threshold for all scores (CAP-soft), top-k of them in each matrix (CAP-m), top-k of "
-         "|W|, removal of heads and neurons in stages of 10 %% (CAP-f), with defaults of its own"),
+         "soft: one threshold for all scores (CAP-soft); movement: top-k in each matrix (CAP-m); "
+         "magnitude: top-k of |W|; structured: heads and neurons go (CAP-f; own defaults)"),
         ("--model", "bert-base-uncased", str, "pre-trained model, or its folder"),
         ("--teacher", None, os.path.abspath, "folder of a fine-tuned model; None: is made first"),
         ("--data-dir", None, os.path.abspath, "folder with the task's folder; None: downloaded"),
@@ -942,7 +942,7 @@ FLAGS = {
         ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),
         ("--max-length", 128, number(int, 3), "tokens an example, at most"),
         ("--max-train", None, whole_number, "training rows, drawn by a fixed seed; None: all"),
-        ("--warmup", 0.09, fraction, "of --lr, of the run; dense for 2x, final sparsity for 3x it"),
+        ("--warmup", 0.09, fraction, "share of steps in which rates rise; dense for 2x, cool 3x"),
         ("--score-init", "auto", ("auto", "zero", "magnitude"), "auto: zero from 30,000 steps on"),
     ],
     "loss, eq. (4) to (8)": [
@@ -1054,8 +1054,8 @@ def load_data(args, tokenizer, config):
 
 
 def label_order(labels, words):
-    """The output of a model for each of the task's words, or None, by its labels {output: label}: a
-    word, its beginning (neg, pos) or its number. Without labels or words the order is trusted."""
+    """The output of a model for each of the task's words, None where it has none, by its labels: in
+    {output: label} a word, its beginning (neg) or number. Without labels the order is trusted."""
     if not labels or not words or labels == dict(enumerate(words)):
         return list(range(max(1, len(words))))
     outputs = {}
@@ -1155,7 +1155,7 @@ def cap(args):
         add_masks(model, args.score_init)
     elif run.saved is not None:
         model = of_sizes(model, run.saved["layer_sizes"])
-    for run.stage in range(run.stage, len(stages(args))):
+    for run.stage in range(run.stage, len(stages(args))):  # it is part of what `save` writes
         if structured and run.saved is None:
             model = remove_least_important(run, model, data, ancestors, stages(args)[run.stage])
         train(run, model, data, ancestors, dev_sets["dev"])

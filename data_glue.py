@@ -4,8 +4,7 @@ Papers: Wang et al., "GLUE" (arXiv 1804.07461); WordPiece as in BERT (arXiv 1810
 Use:    from data_glue import TASKS, WordPiece, load, encode_task, batches, score
         data = encode_task(load("mnli", "train"), WordPiece("vocab.txt"), max_length=128)
         for batch in batches(data, batch_size=32, seed=0, epoch=0): ...
-Sizes:  N examples in a split, B in a batch, T tokens in the longest one
-"""
+Sizes:  N examples in a split, B in a batch, T tokens in the longest one"""
 
 import array
 import csv
@@ -208,7 +207,7 @@ IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000
 
 
 def is_punctuation(char):
-    """Unicode's punctuation, and every ASCII character that is no letter, digit or space."""
+    """Unicode's punctuation, and every ASCII character but letters and digits; spaces too."""
     return unicodedata.category(char).startswith("P") or (char.isascii() and not char.isalnum())
 
 
@@ -305,7 +304,7 @@ def load_tokenizer(folder):
         vocab_file = "vocab.txt"
         if backend:
             vocab_file = "tokenizer.json"
-            # which of two settings transformers follows depends on the class
+            # the two files must agree: which one transformers follows depends on the class
             prefix = backend["model"]["continuing_subword_prefix"]
             found = {**backend["normalizer"], "prefix": prefix}
             wanted = {"type": "BertNormalizer", "clean_text": True, **settings, "prefix": "##"}

@@ -503,7 +503,7 @@ def test_dropout_keeps_its_share_and_the_mean():
     (HERE / "fixtures" / "contrastive_cases.json").read_text())["cases"])
 def test_published_loss(case):
     """Values and gradients that the published code gives for seeded inputs: K = 1 to 3 ancestors,
-    rows drawn again, several tau and weights. Eq. (4) to (7)."""
+    rows drawn again, several tau and weights. Eq. (4), (5), (6), (7)."""
     queries = tensor(case["queries"]).requires_grad_()
     index, labels = tensor(case["batch_index"], LONG), tensor(case["bank_labels"], LONG)
     unsup, sup = contrastive_loss(queries, index, labels[index], tensor(case["bank"]), labels,
@@ -1215,7 +1215,7 @@ def test_labels_of_a_teacher(pretrained, command, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("name, content, sentence", [
     ("run", b"mine", "File exists: "), ("run/thesis.tex", b"mine", "run is no run folder"),
     ("run/config.json", b"[", "config.json: damaged, not a JSON file"),
-    ("run/config.json", b'{"hidden_size": 16}', "run has a run with task None")])
+    ("run/config.json", b'{"hidden_size": 16}', "run with hidden_size 16, task None")])
 def test_a_run_folder_of_something_else_is_left_alone(name, content, sentence, command, tmp_path,
                                                       capsys):
     """Nothing in it has changed, and nothing is new."""

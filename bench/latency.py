@@ -7,13 +7,13 @@ Run:  pip install -r bench/requirements.txt
       python bench/latency.py MODEL                          a model's folder, or random-base for
                                                              random weights in BERT-base's sizes:
                                                              pruned by magnitude to 97 %
-Writes results/latency-NAME.json and prints it as a table. The columns:
+Prints sizes and times, and writes them to --out. What is timed:
     transformers fp32, bf16   the dense model: the pruned weights as they are, zeros included, or,
                               where heads and neurons are gone, the fine-tuned one of full size
     ours                      bert_min.to_sparse of the run's model, fp32: CSR where little is left.
                               Its logits are compared with transformers', or where the dense model
                               is another with those of the same weights, not in CSR
-One form is timed for a while, then the next, in several rounds; a figure is the median over the
+Each is timed for a while, then the next, in several rounds; a figure is the median over the
 rounds of a round's median, a ratio the median of the rounds' ratios: read ratios. All is done
 with one thread and with all: on a shared machine a second core comes and goes."""
 
@@ -72,7 +72,7 @@ def file_sizes(folder):
             "encoder matrices, gzip": len(gzip.compress(matrices, 6))}
 
 
-def forms(pruned, dense, device):
+def contenders(pruned, dense, device):
     """({name: function of (input_ids, attention_mask) to logits}, the pruned model)."""
     theirs = AutoModelForSequenceClassification.from_pretrained(dense).eval().to(device)
     model = bert_min.from_pretrained(pruned, None).eval().to(device)
@@ -89,7 +89,7 @@ def forms(pruned, dense, device):
             "ours": lambda ids, mask: ours(ids, mask)[0]}, model
 
 
-def median_ms(function, device, seconds):
+def time_one(function, device, seconds):
     """Median time of a call, of as many as fit into `seconds`, at least 3, after 2 to warm up."""
     times, end = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
@@ -101,12 +101,12 @@ def median_ms(function, device, seconds):
     return statistics.median(times[2:])
 
 
-def time_forms(functions, ids, mask, options):
-    """({form: ms}, {form: its ms / those of "ours"})."""
+def time_all(functions, ids, mask, options):
+    """({name: ms}, {name: its ms / those of "ours"})."""
     times = {name: [] for name in functions}
     for _ in range(options.rounds):
         for name, function in functions.items():
-            times[name].append(median_ms(lambda: function(ids, mask), ids.device, options.seconds))
+            times[name].append(time_one(lambda: function(ids, mask), ids.device, options.seconds))
     ms, ratios = {}, {}
     for name in functions:
         ms[name] = statistics.median(times[name])
@@ -116,7 +116,7 @@ def time_forms(functions, ids, mask, options):
 
 
 def measure(options, device):
-    """The record: sizes, and for each batch and length {form: ms}, ratios, logit difference."""
+    """The record: sizes, and for each batch and length {name: ms}, ratios, logit difference."""
     with tempfile.TemporaryDirectory() as scratch:
         pruned, dense = folders(options.run, Path(scratch))
         if options.dense is not None:
@@ -124,7 +124,7 @@ def measure(options, device):
         if not Path(dense).is_dir():
             sys.exit(f"{dense}, the dense model to compare {options.run} with, is not there")
         sizes = file_sizes(pruned)
-        functions, reference = forms(pruned, dense, device)
+        functions, reference = contenders(pruned, dense, device)
     config, rows = reference.config, []
     for threads, batch, length in itertools.product(options.threads, options.batches,
                                                     options.lengths):
@@ -133,7 +133,7 @@ def measure(options, device):
         torch.set_num_threads(threads)
         ids = torch.randint(1, config.vocab_size, (batch, length), device=device)
         mask = torch.ones_like(ids)
-        ms, ratios = time_forms(functions, ids, mask, options)
+        ms, ratios = time_all(functions, ids, mask, options)
         if dense == pruned:
             wanted = functions["transformers fp32"](ids, mask)
         else:  # which has other weights
@@ -159,9 +159,9 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+",
                         default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="a form in a round, at least")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each in a round, at least")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/latency-NAME.json")
+    parser.add_argument("--out", type=Path, help="file for the record; None: it is not kept")
     options = parser.parse_args()
     cap_min.tune_cpu()
     torch.manual_seed(0)
@@ -172,9 +172,9 @@ def main():
         print(f"{name}: {size / 1e6:.2f} MB")
     if device.type == "cuda":
         print("on CUDA unstructured zeros gain nothing: ours is the dense forward there")
-    path = options.out or ROOT / "results" / f"latency-{record['what']}.json"
-    cap_min.write_json(record, path)
-    print(f"written to {path}")
+    if options.out is not None:
+        cap_min.write_json(record, options.out)
+        print(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Forms of CAP that were tried beside those of cap_min.py, which has none of them: each changes one
-of its functions. results/details.md tells what came of them.
+"""Forms of CAP that were tried beside those of cap_min.py, which has none of them: each changes
+functions of it. results/details.md tells what came of them.
 
-Run:  python results/forms.py --form snc-times-k [another] [options of cap_min.py]
+Run:  python results/forms.py --form snc-times-k [options of cap_min.py]
 Lists of studies.py grid take --form too."""
 
 import argparse
@@ -59,6 +59,8 @@ def weights_only(logits, pooled, batch, ancestors, extra, args):
     scores, so that task and teacher decide what is kept. They are not logged."""
     terms = published.cap_terms(logits, pooled, batch, ancestors, extra, args)
     contrast = [terms.pop(name) for name in list(terms) if name in ancestors.banks]
+    if not contrast:
+        return terms
     sum(contrast).backward(retain_graph=True)
     for module in masks:
         module.scores.grad = None
@@ -103,31 +105,31 @@ FORMS = {  # name: {function of cap_min: what it is in this form}
     "one-topk": {"set_masks": one_topk},
     "smp-s": {"set_soft_masks": by_mean_score},
 }
-METHOD_OF = {"one-topk": "movement", "smp-s": "soft"}  # with another one they change nothing
+METHODS_OF = {  # with others these forms change nothing, or there are no scores
+    "one-topk": ["movement"], "smp-s": ["soft"], "weights-only": ["movement", "soft"]}
 
 
 def parse(argv):
-    """cap_min's command line, in which --form may stand; its record tells of it. A form that would
-    change nothing with this --method is refused."""
+    """cap_min's command line, in which --form may stand; its record tells of it. A form that is
+    none of this --method is refused."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=[])
+    parser.add_argument("--form", choices=FORMS)
     given, rest = parser.parse_known_args(argv)
     args = published.parse(rest)
-    for form in given.form:
-        method = METHOD_OF.get(form, args.method)
-        if method != args.method:
-            parser.error(f"--form {form} is one of --method {method}")
-    if given.form:
-        args.form = sorted(given.form)
+    if given.form is not None:
+        methods = METHODS_OF.get(given.form, [args.method])
+        if args.method not in methods:
+            parser.error(f"--form {given.form} is one of --method {' or '.join(methods)}")
+        args.form = given.form
         args.forms_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return args
 
 
 def main(argv=None):
     """As cap_min.main."""
-    for form in vars(parse(argv)).get("form", []):
-        for name, function in FORMS[form].items():
-            setattr(cap_min, name, function)
+    form = getattr(parse(argv), "form", None)
+    for name, function in FORMS.get(form, {}).items():
+        setattr(cap_min, name, function)
     cap_min.parse = parse
     return cap_min.main(argv)
 

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(ROOT / "results")]
 from bert_min import read_json  # noqa: E402
 from data_glue import load  # noqa: E402
 from make_demo import right_without_facts  # noqa: E402
-from studies import by_score, difference, paired, spread  # noqa: E402
+from studies import by_score, difference, paired, spread, table  # noqa: E402
 
 PAGES = [ROOT / "README.md", HERE / "README.md", HERE / "details.md", ROOT / "bench" / "README.md"]
 
@@ -33,25 +33,29 @@ WITHOUT_A_TERM = {"cap-no-prc": "CAP-m without PrC", "cap-no-snc": "CAP-m withou
 ADDED = {"contrast adds to movement + KD": ("cap", "kd"),
          "contrast adds to soft + KD": ("cap-soft", "soft-kd"),
          "soft minus movement, both + KD": ("soft-kd", "kd")}
-COMPARED = {**ADDED, "KD adds to movement": ("kd", "movement"),
+DIFFERENCES = {**ADDED, "KD adds to movement": ("kd", "movement"),
             "movement minus magnitude, no KD": ("movement", "magnitude")}
 
 # --------------------------------------------------------------------------- records
 
 
 def comparison(prefix):
-    """{method: [record of each seed]} of the files PREFIX + METHOD-seedN.json, and the teacher as
-    "dense". AssertionError unless the runs of a seed differ in nothing but the method."""
+    """{METHOD-seedN: record} of the files PREFIX + METHOD-seedN.json, and the teachers as
+    "dense-seedN". AssertionError unless the runs of a seed differ in nothing but the method."""
     found, first = {}, {}
     for path in sorted(HERE.glob(f"{prefix}*-seed*.json")):
-        name = path.relative_to(HERE).as_posix().removeprefix(prefix)
-        found.setdefault(name.rpartition("-seed")[0], []).append(read_json(path))
-    for method, records in found.items():
-        for record in records:
-            other = first.setdefault(record["seed"], record)
-            assert setting(record) == setting(other), f"{prefix}{method}: not as others of its seed"
-    found["dense"] = [{**record, "pruned": record["dense"]} for record in first.values()]
+        name = path.relative_to(HERE).as_posix().removeprefix(prefix).removesuffix(".json")
+        record = found[name] = read_json(path)
+        other = first.setdefault(record["seed"], record)
+        assert setting(record) == setting(other), f"{prefix}{name}: not as others of its seed"
+    for seed, record in first.items():
+        found[f"dense-seed{seed}"] = record | {"pruned": record["dense"]}
     return found
+
+
+def arm_scores(prefix):
+    """{(task, metric): {arm: {seed: score}}} of a `comparison`."""
+    return by_score(comparison(prefix))
 
 
 def setting(record):
@@ -59,17 +63,6 @@ def setting(record):
     config = {name: value for name, value in record["config"].items()
               if name not in ("method", "without", "teacher", "weights_sha256", "score_init")}
     return config, record["train_sha256"], record["source_sha256"], record["dense"]
-
-
-def percents(records, metric):
-    """{seed: score} of pruned models, in percent."""
-    return {record["seed"]: 100 * record["pruned"][metric] for record in records}
-
-
-def table(head, rows):
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ------------------------------------------------------------------------------ demo
@@ -84,71 +77,47 @@ def demo_floor(split):
     return 100 * right_without_facts(load("demo", split))
 
 
-def demo_rows(found, names, pairs):
+def demo_rows(scores, names, pairs):
     """A row for each of names: mean and standard deviation on both dev sets, and, if it has a pair,
     what the first of that has more than the second."""
     rows = []
     for method, name in names.items():
-        scores, differences = [], []
-        for metric in ("accuracy", "accuracy_unseen"):
-            scores.append(spread(percents(found[method], metric).values()))
+        cells, differences = [], []
+        for found in scores.values():
+            assert found[method].keys() == found["dense"].keys(), f"{method}: its seeds"
+            cells.append(spread(found[method].values()))
             more = ""
             if method in pairs:
-                ours, theirs = (percents(found[name], metric) for name in pairs[method])
+                ours, theirs = (found[name] for name in pairs[method])
                 more = paired(ours, theirs).partition(" (")[0]
             differences.append(more)
-        rows.append([name, *scores, *differences])
+        rows.append([name, *cells, *differences])
     return rows
 
 
 def demo_table():
     """One row for each of ARMS, and what the contrast adds."""
-    found = comparison("demo-arms/")
     pairs = {"cap": ("cap", "kd"), "cap-soft": ("cap-soft", "soft-kd")}
-    rows = demo_rows(found, ARMS_AND_DENSE, pairs)
+    rows = demo_rows(arm_scores("demo-arms/"), ARMS_AND_DENSE, pairs)
     floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
     rows.append(["the floor: a rule that knows no animal", *floor, "", ""])
-    return table([f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
-                  "known only from pre-training", "contrast adds: seen", "only pre-training"], rows)
+    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
+                  "contrast adds: seen", "only pre-training"], rows)
 
 
 def demo_verdicts():
     """`verdict_table` of the demo's two dev sets."""
-    return verdict_table([("10 %", arm_scores("demo", "demo-sparsities/90-")),
-                          ("3 %", arm_scores("demo", "demo-arms/")),
-                          ("1 %", arm_scores("demo", "demo-sparsities/99-"))])
+    return verdict_table([("10 %", arm_scores("demo-sparsities/90-")),
+                          ("3 %", arm_scores("demo-arms/")),
+                          ("1 %", arm_scores("demo-sparsities/99-"))])
 
 
 def ablation_table():
     """One row for each of DEMO_MODELS, and what CAP-m has more."""
-    found = comparison("demo/")
     pairs = {method: ("cap", method) for method in DEMO_MODELS if method != "cap"}
-    head = [f"{len(found['cap'])} seeds", "animals seen in fine-tuning",
-            "known only from pre-training", "CAP-m minus this: seen", "only pre-training"]
-    return table(head, demo_rows(found, DEMO_MODELS, pairs))
-
-
-def draw_demo():
-    """results/demo.svg: a dot for each seed, a line at the mean."""
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(8, 3.6))
-    found = comparison("demo/")
-    for metric, shift, color, label in (
-            ("accuracy", -0.17, "#7f7f7f", "animals seen in fine-tuning"),
-            ("accuracy_unseen", 0.17, "#1f77b4", "animals known only from pre-training")):
-        for i, method in enumerate(DEMO_MODELS):
-            values = percents(found[method], metric).values()
-            axis.plot([i + shift] * len(values), values, "o", color=color, alpha=0.5, label=label)
-            axis.hlines(statistics.mean(values), i + shift - 0.14, i + shift + 0.14, color)
-            label = None  # one entry of the legend is enough
-    axis.axhline(demo_floor("dev_unseen"), color="#7f7f7f", ls=":",
-                 label="a rule that knows no animal")
-    names = [name.replace(" ", "\n", 1) for name in DEMO_MODELS.values()]
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set_ylabel("dev accuracy, %")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(loc="lower right", fontsize=8)
-    save(figure, "demo.svg")
+    rows = demo_rows(arm_scores("demo/"), DEMO_MODELS, pairs)
+    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
+                  "CAP-m minus this: seen", "only pre-training"], rows)
 
 
 def save(figure, name):
@@ -186,19 +155,11 @@ def draw_geometry():
 # ------------------------------------------------------------------------------ GLUE
 
 
-def arm_scores(task, prefix):
-    """{(task, metric): {arm: {seed: score}}} of the runs of a `comparison`."""
-    records, found = comparison(prefix), {}
-    for metric in records["dense"][0]["pruned"]:
-        found[task, metric] = {arm: percents(records[arm], metric) for arm in records}
-    return found
-
-
 def task_scores(folder, tasks=("mnli", "qqp", "sst2")):
     """`arm_scores` of these tasks in answer/, answer-90/ or without-kd/."""
     found = {}
     for task in tasks:
-        found |= arm_scores(task, f"{folder}/{task}-")
+        found |= arm_scores(f"{folder}/{task}-")
     return found
 
 
@@ -209,34 +170,42 @@ def answer_scores():
 
 
 def with_seeds(scores, more, arms):
-    """{(task, metric): {arm: {seed: score}}} with the seeds that these arms have in `more`."""
+    """{(task, metric): {arm: {seed: score}}} with the seeds that these arms have in `more`.
+    AssertionError if they are there already."""
     for column, found in more.items():
         for arm in arms:
-            scores[column][arm] = scores[column].get(arm, {}) | found[arm]
+            seeds = scores[column].setdefault(arm, {})
+            assert not seeds.keys() & found[arm].keys(), f"{arm}: a seed twice"
+            seeds |= found[arm]
     return scores
 
 
 def answer_table(scores, added):
     """One column for each score of a task: mean and standard deviation of the teacher, ARMS and
-    what else was run, and, paired by seed, the differences `added`, {name: (arm, other arm)}."""
+    what else was run, and, paired by seed, the differences `added`, {name: (arm, other arm)}. The
+    number of seeds stands behind what has fewer than the teacher."""
     head, rows = ["dev score, %"], {}
     for (task, metric), found in scores.items():
         head.append(f"{task}, {metric}")
         for arm, name in (ARMS_AND_DENSE | WITHOUT_KD).items():
             if arm in found:
-                rows.setdefault(name, [name]).append(spread(found[arm].values()))
+                text, count = spread(found[arm].values()), len(found[arm])
+                if count < len(found["dense"]):
+                    text += f" (n = {count})"
+                rows.setdefault(name, [name]).append(text)
         for name, (arm, other) in added.items():
-            assert found[arm].keys() == found[other].keys(), f"{task}: {arm} and {other}"
-            rows.setdefault(name, [name]).append(paired(found[arm], found[other]))
+            count, mean, error = difference(found[arm], found[other])
+            assert count == len(found["dense"]), f"{task}: {arm} and {other}"
+            rows.setdefault(name, [name]).append(f"{mean:+.2f} ± {error:.2f}")
     return table(head, rows.values())
 
 
 def verdict_table(scores):
-    """What each of COMPARED adds, a row for each of [(weights left, {(task, metric): {arm: {seed:
+    """What each of DIFFERENCES adds, a row for each of [(weights left, {(task, metric): {arm: {seed:
     score}}}), ...] that has two seeds of it; the first has all columns. In bold what is above twice
     its standard error."""
     columns, rows = list(scores[0][1]), []
-    for name, (arm, other) in COMPARED.items():
+    for name, (arm, other) in DIFFERENCES.items():
         for weights_left, found in scores:
             cells = []
             for column in columns:
@@ -257,7 +226,7 @@ def dev_verdicts():
 def held_out_verdicts():
     """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %, and there
     the runs without KD, which have a teacher of their own."""
-    found = held_out_scores()
+    found = sparsity_scores()
     with_seeds(found["97"], form_scores("selection"), ARMS)
     densities = [(SPARSITIES[percent], scores) for percent, scores in found.items()]
     return verdict_table([*densities, ("3 %", task_scores("without-kd", ("qqp", "sst2")))])
@@ -318,7 +287,8 @@ def draw_kept():
     for column, task in zip(axes.T, ("mnli", "qqp", "sst2")):
         found = comparison(f"answer/{task}-")
         for axis, arm in zip(column, ("soft-kd", "cap-soft")):
-            kept = percents_kept(found[arm])
+            kept = percents_kept([record for name, record in found.items()
+                                  if name.startswith(f"{arm}-seed")])
             axis.imshow(kept, "Blues", vmin=0, vmax=8, aspect="auto")
             for layer, row in enumerate(kept):
                 for i, percent in enumerate(row):
@@ -390,7 +360,6 @@ FORM_NAMES = {  # FORM in the name of a record's file: the name of its row
     "weights-only": "CAP-m, contrast trains weights alone",
     "temperature-0.05": "CAP-m, temperature 0.05", "one-topk-kd": "one top-k + KD",
     "smp-s-kd": "SMP-S + KD", "soft-kd": "soft + KD", "cap-soft": "CAP-soft",
-    "soft-weights-only": "CAP-soft, contrast trains weights alone",
     "soft-once-pruned": "CAP-soft, contrast once pruning begins"}
 
 
@@ -445,7 +414,7 @@ def forms_table(columns):
 SPARSITIES = {"90": "10 %", "97": "3 %", "99": "1 %"}  # in the name of a record: weights left
 
 
-def held_out_scores():
+def sparsity_scores():
     """{one of SPARSITIES: `by_form` of the records in sparsity/}; the arm "dense" is the teacher.
     MNLI's two dev sets are the same held-out rows, and one is shown."""
     records = {percent: {} for percent in SPARSITIES}
@@ -463,7 +432,7 @@ def held_out_scores():
 def density_table():
     """One row for each score and density: the teacher and ARMS."""
     rows = []
-    for percent, columns in held_out_scores().items():
+    for percent, columns in sparsity_scores().items():
         for (task, metric), scores in columns.items():
             row = [f"{task}, {metric}", SPARSITIES[percent]]
             for arm in ARMS_AND_DENSE:
@@ -476,7 +445,7 @@ def ten_percent():
     """Scores for `forms_table` of QQP and SST-2 at 10 %: seeds 0 and 1, with which other forms were
     tried there too."""
     columns = {}
-    for (task, metric), scores in held_out_scores()["90"].items():
+    for (task, metric), scores in sparsity_scores()["90"].items():
         if task != "mnli":
             columns[task, metric] = {form: {seed: found[seed] for seed in (0, 1)}
                                      for form, found in scores.items() if {0, 1} <= found.keys()}
@@ -487,7 +456,7 @@ def draw_density():
     """results/density.svg: a dot for each run over the densities, a line for each of ARMS through
     the means of its seeds, which need not be the same everywhere."""
     from matplotlib import pyplot
-    found = held_out_scores().values()
+    found = sparsity_scores().values()
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.4))
     for axis, task in zip(axes, ("qqp", "sst2")):
         for i, (arm, name) in enumerate(ARMS.items()):
@@ -609,6 +578,24 @@ def draw_structured():
     save(figure, "structured.svg")
 
 
+# ------------------------------------------------------------------------ fewer rows
+
+
+def fewer_rows_table():
+    """What the contrast adds to movement + KD on SST-2 at 10 %, by the number of training rows."""
+    rows, column = [], ("sst2", "accuracy")
+    found = {"12,000": ten_percent()[column]}
+    for count in ("4,000",):
+        prefix = f"fewer-rows/{count.replace(',', '')}-"
+        found[count] = arm_scores(prefix)[column]
+    for count, scores in found.items():
+        row = [count]
+        for arm in ("kd", "cap"):
+            row.append(spread(scores[arm].values()))
+        rows.append([*row, paired(scores["cap"], scores["kd"])])
+    return table(["training rows", "movement + KD", "CAP-m", "contrast adds"], rows)
+
+
 # ----------------------------------------------------------------------------- speed
 
 
@@ -650,12 +637,12 @@ def speedups(latency):
 
 
 def latency_table():
-    """A row for each record and number type, a column for each batch x length of `speedups`."""
+    """A row for each model and number type, a column for each batch x length of `speedups`."""
     sizes = [(batch, length) for batch in (1, 8) for length in (32, 128, 384)]
     lines = []
-    for path in sorted(HERE.glob("latency-*.json")):
-        record = read_json(path)
-        name = f"{path.stem.removeprefix('latency-')}, {record['sparsity']:.0%}"
+    for model in ("all-MiniLM-L6-v2", "random-base"):
+        record = read_json(HERE / f"latency-{model}.json")
+        name = f"{model}, {record['sparsity']:.0%}"
         faster = speedups(record)
         for dtype in ("fp32", "bf16"):
             line = [name, dtype]
@@ -703,7 +690,7 @@ TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts,
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table(form_scores("selection")),
           "other-forms": lambda: forms_table(form_scores("other-forms")),
-          "rows-4000": lambda: forms_table(form_scores("rows-4000")),
+          "fewer-rows": fewer_rows_table,
           "forms-90": lambda: forms_table(ten_percent()), "density": density_table,
           "structured": structured_table, "speed": speed_table,
           "throughput": throughput_table, "latency": latency_table, "equations": equation_table}
@@ -723,7 +710,6 @@ def render():
 
 if __name__ == "__main__":
     if "--picture" in sys.argv:
-        draw_demo()
         draw_geometry()
         draw_epochs()
         draw_kept()

@@ -15,7 +15,7 @@ Run:  python results/studies.py compare --task sst2 --seeds 5 [options of cap_mi
           a data folder whose dev set is drawn from the training set, to choose settings on
       python results/studies.py lower-layers MODEL --layers 3 --out FOLDER
           the cheapest rival of CAP-f: a checkpoint with the lowest layers alone (arXiv 2004.03844)
-The same command after a stop goes on; what is finished is not done again.
+After a stop the same command of compare and grid goes on; what is finished is not done again.
 
 LIST has the options of one run a line, --form of forms.py too; # begins a comment. A name and a
 colon may stand before them, else the run has the name that cap_min.py gives its folder:
@@ -62,20 +62,26 @@ from data_glue import (  # noqa: E402
 # ----------------------------------------------------------------------------- table
 
 
+def table(head, rows):
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def write_table(records, path):
     """Write and print a table of {run: record}: of each task's scores, in percent, mean and
     standard deviation over the runs that differ in nothing but "-seedN" at the end of their names,
     and what they have more than the first ones, with its standard error, over the seeds of both."""
-    lines = ["| task | dev score | run | n | % | minus the first |", "|---|---|---|---|---|---|"]
-    for (task, metric), table in by_score(records).items():
-        first = next(iter(table.values()))
-        for run, scores in table.items():
+    rows = []
+    for (task, metric), found in by_score(records).items():
+        first = next(iter(found.values()))
+        for run, scores in found.items():
             more = "" if scores is first else paired(scores, first)
-            lines.append(f"| {task} | {metric} | {run} | {len(scores)} | "
-                         f"{spread(list(scores.values()))} | {more} |")
+            rows.append([task, metric, run, str(len(scores)), spread(scores.values()), more])
+    text = table(["task", "dev score", "run", "n", "%", "minus the first"], rows)
     with replacing(path) as file:
-        file.write("\n".join([*lines, ""]).encode())
-    print("", *lines, f"see {path}", sep="\n", flush=True)
+        file.write(f"{text}\n".encode())
+    print("", text, f"see {path}", sep="\n", flush=True)
 
 
 def by_score(records):
@@ -84,8 +90,8 @@ def by_score(records):
     for name, record in records.items():
         run = re.sub(r"-seed\d+$", "", name)
         for metric, value in record["pruned"].items():
-            table = tables.setdefault((record["config"]["task"], metric), {})
-            table.setdefault(run, {})[record["seed"]] = 100 * value
+            found = tables.setdefault((record["config"]["task"], metric), {})
+            found.setdefault(run, {})[record["seed"]] = 100 * value
     return tables
 
 
@@ -294,7 +300,8 @@ def geometry(run, device):
     see `facts`, for the pre-trained model and the teacher of a finished run, as their banks are,
     and with the mean of each bank's vectors taken off. Nothing is trained."""
     config, folders = read_run(run)
-    args = argparse.Namespace(**config | {"device": device, "max_train": BATCH + config["extra"]})
+    args = argparse.Namespace(**config | {"device": device})
+    args.max_train = min(BATCH + args.extra, args.max_train or math.inf)
     if args.w_unsup == 0:
         raise ValueError(f"{run} gave the unsupervised terms no weight, with which others compare")
     device = cap_min.choose_device(args)
@@ -404,7 +411,7 @@ def lower_layers(folder, count, out):
 # ------------------------------------------------------------------------------ grid
 
 COMMAND = [sys.executable, str(ROOT / "results" / "forms.py")]
-TEACHER = re.compile(r"\{teacher:(.*?)\}")
+TEACHER_OF = re.compile(r"\{teacher:(.*?)\}")
 GRACE = 10  # seconds that a run has to end after it was told to
 
 
@@ -434,7 +441,7 @@ def read_list(path):
 
 def teachers(options):
     """Names of the runs whose teachers a run takes."""
-    return TEACHER.findall(" ".join(options))
+    return TEACHER_OF.findall(" ".join(options))
 
 
 def grid(path, out, jobs, minutes):
@@ -496,7 +503,7 @@ def grid(path, out, jobs, minutes):
 def start(name, options, out, jobs):
     """Begin a run in a process of its own, which has its part of the cores."""
     work = (out / "work").as_posix()
-    options = [TEACHER.sub(rf"{work}/\1/teacher", option) for option in options]
+    options = [TEACHER_OF.sub(rf"{work}/\1/teacher", option) for option in options]
     threads = max(1, os.cpu_count() // jobs)
     with open(f"{work}/{name}.txt", "a") as printed:
         return subprocess.Popen([*COMMAND, *options, "--out", f"{work}/{name}"], stdout=printed,
@@ -536,7 +543,7 @@ def stop(processes):
 def main(argv=None):
     """Exit status: 0, 1 if a run of a grid failed, 2 after a one-sentence error, 130 after
     Ctrl-C."""
-    # three commands, of which compare hands on what it does not know
+    # one command a study; compare hands on to cap_min what it does not know
     parser = argparse.ArgumentParser(description="Studies made of several runs of cap_min.py.")
     studies = parser.add_subparsers(dest="study", required=True)
     add = studies.add_parser("compare", allow_abbrev=False, help="CAP-m, its ablations, plain "

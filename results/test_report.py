@@ -45,10 +45,10 @@ def test_only_runs_that_differ_in_the_method_are_compared(change, same, tmp_path
     (tmp_path / "x-other-seed0.json").write_text(json.dumps(record))
     if same:
         found = report.comparison("x-")
-        assert list(found) == ["cap", "other", "dense"]
-        assert found["dense"][0]["pruned"] == record["dense"]
+        assert list(found) == ["cap-seed0", "other-seed0", "dense-seed0"]
+        assert found["dense-seed0"]["pruned"] == record["dense"]
     else:
-        with pytest.raises(AssertionError, match="x-other: not as others of its seed"):
+        with pytest.raises(AssertionError, match="x-other-seed0: not as others of its seed"):
             report.comparison("x-")
 
 
@@ -115,7 +115,7 @@ def test_verdicts(monkeypatch):
     scores["answer"] = arms(kd=kd, **{"soft-kd": soft, "movement": {0: 40}})
     scores["answer-no-kd"] = {column: {"movement": {1: 49}, "magnitude": {1: 9}}}
     monkeypatch.setattr(report, "task_scores", lambda folder, *tasks: scores[folder])
-    monkeypatch.setattr(report, "held_out_scores", lambda: {
+    monkeypatch.setattr(report, "sparsity_scores", lambda: {
         "90": arms(kd=kd), "97": arms(kd=kd), "99": arms(kd=one, cap=one)})
     more = {2: 55, 3: 55}
     monkeypatch.setattr(report, "form_scores", lambda folder: {column: dict.fromkeys(
@@ -129,6 +129,22 @@ def test_verdicts(monkeypatch):
     assert rows[1] == ["3 %", "+15.00 ± 9.57 (4) |"]
     assert [row[0] for row in rows] == ["10 %", "3 %", "3 %", "3 %", "3 %"]
     assert rows[4] == ["3 %", "**+9.50 ± 0.50 (2)** |"]
+
+
+def test_seeds_of_a_table():
+    """Behind what has fewer seeds than the teacher stands their number: movement has seed 0 and, of
+    other runs, seed 1; magnitude has one. A seed that is there already is refused."""
+    column = "sst2", "accuracy"
+    scores = {column: {"dense": {0: 90, 1: 92}, "kd": {0: 60, 1: 62}, "cap": {0: 61, 1: 65},
+                       "movement": {0: 50}}}
+    more = {column: {"movement": {1: 52}, "magnitude": {1: 40}}}
+    found = report.with_seeds(scores, more, report.WITHOUT_KD)
+    assert report.answer_table(found, {"more": ("cap", "kd")}).splitlines()[2:] == [
+        "| dense (the teacher) | 91.0 ± 1.4 |", "| movement + KD | 61.0 ± 1.4 |",
+        "| CAP-m | 63.0 ± 2.8 |", "| movement, no KD | 51.0 ± 1.4 |",
+        "| magnitude, no KD | 40.0 (n = 1) |", "| more | +2.00 ± 1.00 |"]
+    with pytest.raises(AssertionError, match="movement: a seed twice"):
+        report.with_seeds(scores, more, report.WITHOUT_KD)
 
 
 def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
@@ -183,12 +199,31 @@ def test_scores_beside_speed(tmp_path, monkeypatch):
             report.speed_table()
 
 
+def test_records_are_what_their_names_say():
+    """Method, terms left out and seed of the runs of the arms that are compared."""
+    every, seen = ["fic", "prc", "snc"], 0
+    arms = {"kd": ("movement", every), "cap": ("movement", []), "soft-kd": ("soft", every),
+            "cap-soft": ("soft", []), "movement": ("movement", ["fic", "kd", "prc", "snc"]),
+            "magnitude": ("magnitude", ["fic", "kd", "prc", "snc"])}
+    for term in every:
+        arms[f"cap-no-{term}"] = "movement", [term]
+    name = re.compile(rf"((?!soft)[a-z0-9]+-)?({'|'.join(arms)})(-\d\d)?-seed(\d)")
+    for path in HERE.glob("*/*.json"):
+        match = name.fullmatch(path.stem)
+        if match and path.parent.name != "structured":
+            record, seen = json.loads(path.read_text()), seen + 1
+            config = record["config"]
+            assert (config["method"], config["without"]) == arms[match[2]], path
+            assert record["seed"] == config["seed"] == int(match[4]), path
+    assert seen > 300
+
+
 def test_every_record_of_a_form_is_in_a_table():
-    """Of each folder that `forms_table` shows."""
-    for folder in ("selection", "other-forms", "rows-4000"):
-        names = {path.stem.partition("-")[2].rpartition("-")[0]
+    """Of each folder that `forms_table` shows; in sparsity/ those without KD are in others."""
+    for folder in ("selection", "other-forms", "sparsity"):
+        names = {re.fullmatch(r"[a-z0-9]+-(.+?)(-\d\d)?-seed\d", path.stem)[1]
                  for path in (HERE / folder).glob("*.json")}
-        assert names <= set(report.FORM_NAMES)
+        assert names <= {*report.FORM_NAMES, *report.WITHOUT_KD}
 
 
 def test_pages_are_current():
@@ -236,7 +271,7 @@ def test_commands_are_understood():
     """The options that stand behind cap_min.py, and in the table of commands without a program."""
     lines = re.findall(r"cap_min\.py( --[^#`\n]*)", README)
     lines += re.findall(r"^\|[^|]*\| `(--[^`]*)`", README, re.MULTILINE)
-    assert len(lines) > 4
+    assert len(lines) > 3
     for line in lines:
         cap_min.parse(shlex.split(line))
 

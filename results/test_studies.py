@@ -277,14 +277,16 @@ def test_forms_of_the_contrast(monkeypatch):
 
 
 def test_a_contrast_that_trains_the_weights_alone(monkeypatch):
-    """The weights get the gradient of all terms, the scores that of task and teacher."""
+    """The weights get the gradient of all terms, the scores that of task and teacher. Without a
+    contrastive term nothing changes."""
     torch.manual_seed(0)
     weight, x, labels = torch.randn(4, 4, requires_grad=True), torch.randn(2, 4), torch.arange(2)
     bank = torch.nn.functional.normalize(torch.randn(2, 4), dim=-1)
     gradients = {}
     for name, function, banks in (("all", cap_min.cap_terms, {"prc": [bank]}),
                                   ("none", cap_min.cap_terms, {}),
-                                  ("form", forms.weights_only, {"prc": [bank]})):
+                                  ("form", forms.weights_only, {"prc": [bank]}),
+                                  ("nothing", forms.weights_only, {})):
         mask = cap_min.Mask(weight, "zero")
         monkeypatch.setattr(forms, "masks", [mask])
         pooled, weight.grad = x @ mask(weight).T, None
@@ -296,24 +298,27 @@ def test_a_contrast_that_trains_the_weights_alone(monkeypatch):
         gradients[name] = weight.grad, mask.scores.grad
     torch.testing.assert_close(gradients["form"][0], gradients["all"][0])
     torch.testing.assert_close(gradients["form"][1], gradients["none"][1])
+    torch.testing.assert_close(gradients["nothing"], gradients["none"])
     assert not torch.allclose(gradients["all"][1], gradients["none"][1])
 
 
 def test_every_form_changes_what_is_there(monkeypatch):
-    """Each is a function of cap_min, and a run's record tells it."""
+    """Each is a function of cap_min, and a run's record tells it. A form is refused with a method
+    that it does not change, or has no scores."""
     for changes in forms.FORMS.values():
         assert all(hasattr(cap_min, name) for name in changes)
-    for name in ("cap", "set_masks", "cap_terms", "parse"):
+    for name in ("cap", "cubic_density", "cap_terms", "parse"):
         monkeypatch.setattr(cap_min, name, getattr(cap_min, name))
     ran = []
     monkeypatch.setattr(cap_min, "cap", ran.append)
     monkeypatch.setattr(cap_min, "tune_cpu", lambda: None)
-    with pytest.raises(SystemExit):
-        forms.parse(["--form", "one-topk"])
-    movement = ["--method", "movement", "--seed", "3"]
-    assert forms.main(["--form", "snc-times-k", "one-topk", *movement]) == 0
-    assert ran[0].form == ["one-topk", "snc-times-k"] and ran[0].seed == 3
-    assert (cap_min.set_masks, cap_min.cap_terms) == (forms.one_topk, forms.snc_times_k)
+    for form, method in (("one-topk", "soft"), ("weights-only", "magnitude")):
+        with pytest.raises(SystemExit):
+            forms.parse(["--form", form, "--method", method])
+    assert forms.main(["--form", "once-pruned", "--method", "movement", "--seed", "3"]) == 0
+    assert ran[0].form == "once-pruned" and ran[0].seed == 3
+    assert cap_min.cap_terms == forms.once_pruned
+    assert cap_min.cubic_density == forms.watched_density
     assert not hasattr(forms.parse(["--task", "rte"]), "form")
 
 
