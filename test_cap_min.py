@@ -400,7 +400,7 @@ def test_importance_is_the_gradient_of_a_mask(vocab, tmp_path, monkeypatch):
     for batch in batches(data, 4, seed=0, epoch=0):
         logits = model.eval()(*cap_min.inputs(batch))[0]
         loss = cap_min.task_loss(logits, batch["labels"]) + 0.9 * cap_min.distillation_loss(
-            logits, ancestors.logits[batch["index"]].double(), temperature=1.0)
+            logits, ancestors.logits[batch["index"]].double(), kd_temperature=1.0)
         for total, gradient in zip(wanted, torch.autograd.grad(loss, masks)):
             total += 6 * gradient.abs()
     assert torch.allclose(heads[1].double(), wanted[0], rtol=1e-4) and len(heads) == 2
