@@ -124,7 +124,6 @@ def test_facts_guessed(tmp_path):
 def test_the_model_is_small_and_transformers_loads_it():
     """About a million encoder weights in fp16, at most 4 MB; transformers makes the same pooled
     vectors of it, and every word of the task is in its vocabulary."""
-    transformers = pytest.importorskip("transformers")
     folder = HERE / "model"
     stored = load_safetensors(folder / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
@@ -133,6 +132,7 @@ def test_the_model_is_small_and_transformers_loads_it():
     assert sum(layer.weight.numel() for layer in encoder_linears(ours).values()) == 995_328
     data = encode_task(SPLITS["dev_unseen"][:50], load_tokenizer(folder), 48)
     assert not (data.tokens == 1).any()  # [UNK]
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModel.from_pretrained(folder).float().eval()
     ids, mask, segments = inputs(data.batch(torch.arange(50)))
     with torch.no_grad():

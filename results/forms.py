@@ -120,16 +120,16 @@ def parse(argv):
         methods = METHODS_OF.get(given.form, [args.method])
         if args.method not in methods:
             parser.error(f"--form {given.form} is one of --method {' or '.join(methods)}")
-        args.form = given.form
+        args.form = [given.form]  # a list, as in older records
         args.forms_sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return args
 
 
 def main(argv=None):
     """As cap_min.main."""
-    form = getattr(parse(argv), "form", None)
-    for name, function in FORMS.get(form, {}).items():
-        setattr(cap_min, name, function)
+    for form in getattr(parse(argv), "form", []):
+        for name, function in FORMS[form].items():
+            setattr(cap_min, name, function)
     cap_min.parse = parse
     return cap_min.main(argv)
 

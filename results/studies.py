@@ -439,6 +439,22 @@ def read_list(path):
     return runs
 
 
+SETTLED = {"dtype", "score_init", "model", "teacher", "data_dir", "forms_sha256"}
+
+
+def is_done(path, options):
+    """Whether a run's record is at `path`. ValueError if it is of a run with other options, but for
+    those SETTLED by the run or its machine."""
+    if not path.exists():
+        return False
+    config = read_json(path)["config"]
+    for name, value in vars(forms.parse(options)).items():
+        found = config.get(name, value)
+        if name not in SETTLED and found != value:
+            raise ValueError(f"{path} is of a run with {name} {found}: this one needs another name")
+    return True
+
+
 def teachers(options):
     """Names of the runs whose teachers a run takes."""
     return TEACHER_OF.findall(" ".join(options))
@@ -450,7 +466,7 @@ def grid(path, out, jobs, minutes):
     # what is to be done
     runs = read_list(path)
     (out / "work").mkdir(parents=True, exist_ok=True)
-    done = {name for name in runs if (out / f"{name}.json").exists()}
+    done = {name for name in runs if is_done(out / f"{name}.json", runs[name])}
     waiting = [name for name in runs if name not in done]
     running, failed = {}, set()
     begin, done_before = time.monotonic(), len(done)
@@ -586,8 +602,10 @@ def main(argv=None):
     cap_min.tune_cpu()
     try:
         if args.study == "compare":
-            if {"--method", "--without"} & {option.partition("=")[0] for option in rest}:
-                raise ValueError("compare sets --method and --without itself")
+            for option in rest:
+                flag = option.partition("=")[0]
+                if flag[:2] == "--" and ("--method".startswith(flag) or "--without".startswith(flag)):
+                    raise ValueError("compare sets --method and --without itself")
             run_args = cap_min.parse(rest)
             run_args.out = args.out
             if args.out is None:

@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import report  # noqa: E402
+import studies  # noqa: E402
 
 import cap_min  # noqa: E402
 
@@ -216,6 +217,13 @@ def test_records_are_what_their_names_say():
             assert (config["method"], config["without"]) == arms[match[2]], path
             assert record["seed"] == config["seed"] == int(match[4]), path
     assert seen > 300
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("*/list.txt")), ids=lambda path: path.parent.name)
+def test_records_are_runs_of_their_lists(path):
+    """Every line has a record, of a run with its options."""
+    for name, options in studies.read_list(path).items():
+        assert studies.is_done(path.parent / f"{name}.json", options), name
 
 
 def test_every_record_of_a_form_is_in_a_table():

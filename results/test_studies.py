@@ -110,7 +110,7 @@ def test_compare_runs_everything_once(compared, capsys):
     assert (folder / "compare.md").read_text() in out and "step" not in out
 
 
-@pytest.mark.parametrize("options", [["--without", "prc"], ["--method=soft"]])
+@pytest.mark.parametrize("options", [["--without", "prc"], ["--meth=structured"]])
 def test_compare_has_its_own_methods(options, monkeypatch, capsys):
     """One sentence, and nothing is run."""
     monkeypatch.setattr(cap_min, "cap", None)
@@ -205,9 +205,11 @@ def test_scores_on_other_data(compared, glue, tmp_path, capsys):
     assert studies.main(["score", str(run), "--data-dir", str(tmp_path / "other")]) == 2
     assert "SST-2/dev.tsv is not in" in capsys.readouterr().err
     assert not (run / "scores.json").exists()
+    both = [str(run), str(compared[0] / "cap-seed0")]
     shutil.copy(glue / "SST-2" / "train.tsv", tmp_path / "other" / "SST-2" / "dev.tsv")
     for folder, split in ((glue, "dev"), (tmp_path / "other", "train")):
-        assert studies.main(["score", str(run), "--data-dir", str(folder), "--device", "cpu"]) == 0
+        assert studies.main(["score", *both, "--data-dir", str(folder), "--device", "cpu"]) == 0
+        assert capsys.readouterr().out.count("pruned, dev") == 2
         record = json.loads((run / "scores.json").read_text())
         rows = encode_task(load("sst2", split, glue), load_tokenizer(run / "model"), 16)
         for name, model in (("pruned", run / "model"),
@@ -316,7 +318,7 @@ def test_every_form_changes_what_is_there(monkeypatch):
         with pytest.raises(SystemExit):
             forms.parse(["--form", form, "--method", method])
     assert forms.main(["--form", "once-pruned", "--method", "movement", "--seed", "3"]) == 0
-    assert ran[0].form == "once-pruned" and ran[0].seed == 3
+    assert ran[0].form == ["once-pruned"] and ran[0].seed == 3
     assert cap_min.cap_terms == forms.once_pruned
     assert cap_min.cubic_density == forms.watched_density
     assert not hasattr(forms.parse(["--task", "rte"]), "form")
@@ -345,13 +347,18 @@ def test_geometry_of_orthogonal_vectors():
     assert studies.facts(common, labels, args)["best_cosine"] < 0.9
 
 
-def test_geometry(compared):
-    """Both ancestors of a run, each as it is and with its mean taken off."""
-    run = compared[0] / "movement-kd-seed0"
-    assert studies.main(["geometry", str(run), "--device", "cpu"]) == 0
-    record = json.loads((run / "geometry.json").read_text())
-    assert list(record["banks"]) == ["prc", "prc, mean taken off", "fic", "fic, mean taken off"]
-    assert record["examples"] == 88 and {"versions", "source_sha256"} < record.keys()
+def test_geometry(compared, tmp_path):
+    """Both ancestors of a run, each as it is and with its mean taken off; of 88 rows those that it
+    was trained on."""
+    run = shutil.copytree(compared[0] / "movement-kd-seed0", tmp_path / "run")
+    first = json.loads((run / "record.json").read_text())
+    for rows, examples in ((None, 88), (50, 50)):
+        first["config"]["max_train"] = rows
+        (run / "record.json").write_text(json.dumps(first))
+        assert studies.main(["geometry", str(run), "--device", "cpu"]) == 0
+        record = json.loads((run / "geometry.json").read_text())
+        assert list(record["banks"]) == ["prc", "prc, mean taken off", "fic", "fic, mean taken off"]
+        assert record["examples"] == examples and {"versions", "source_sha256"} < record.keys()
 
 
 # -------------------------------------------------------------------------- hold-out
@@ -498,7 +505,8 @@ def test_grid_table(grid, tmp_path, capsys):
 def test_grid_runs_some_at_once_and_each_once(grid, tmp_path, capsys):
     """With --jobs 2 two of four runs are begun at once, a third when one has ended: of the lines
     printed so far two more, at most, begin than end. Each has half of the cores; after the first an
-    eta is told, after the last it is 0. What has its record is not begun again."""
+    eta is told, after the last it is 0. What has its record is not begun again, and the record of
+    another run is not taken for its own."""
     names = ["one", "two", "three", "four"]
     lines = [line(name, 50) for name in names]
     assert grid(lines, "--jobs", "2") == 0
@@ -513,6 +521,8 @@ def test_grid_runs_some_at_once_and_each_once(grid, tmp_path, capsys):
     (tmp_path / "out" / "one.json").unlink()
     assert grid(lines) == 0
     assert len(begun("one", tmp_path)) == 2 and len(begun("two", tmp_path)) == 1
+    assert grid(["one: --task rte --model 50"]) == 2
+    assert "one.json is of a run with task sst2: this one needs" in capsys.readouterr().err
 
 
 def test_a_failing_run_does_not_stop_the_others(grid, tmp_path, capsys):
