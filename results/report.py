@@ -585,7 +585,7 @@ def fewer_rows_table():
     """What the contrast adds to movement + KD on SST-2 at 10 %, by the number of training rows."""
     rows, column = [], ("sst2", "accuracy")
     found = {"12,000": ten_percent()[column]}
-    for count in ("4,000",):
+    for count in ("4,000", "1,000"):
         prefix = f"fewer-rows/{count.replace(',', '')}-"
         found[count] = arm_scores(prefix)[column]
     for count, scores in found.items():
