@@ -15,7 +15,7 @@ Glossary: symbol of the equations -> name in the code, shape
     b_j^m     bank[m][j] (D,)         unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
     I, E      index, extra            the batch, and examples drawn from the whole training set
-    C_i, P_i  vectors, positive       what anchor i is compared with, and the positives among it
+    C_i, P_i  candidate_index, ...    what anchor i is compared with, and the positives among it
     tau       temperature             0.1
     W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
     d(t)      density                 fraction of weights kept at step t; sparsity = 1 - density
@@ -314,7 +314,7 @@ def contrastive_loss(queries, index, labels, bank, bank_labels, extra,
     drawn = torch.cat([index, extra])  # (B + E,)
     vectors = torch.cat([ancestor.index_select(0, drawn.to(ancestor.device)).to(q.device)
                          for ancestor in bank]).to(q.dtype)  # (K (B + E), D)
-    candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,)
+    candidate_index = torch.cat([index, drawn.repeat(len(bank))])  # (C,), C_i of eq. (4)
     # similarities (bank times anchors is the faster order); no anchor is its own candidate
     scaled = q / temperature
     among = (scaled @ q.detach().T).fill_diagonal_(-torch.inf)  # (B, B), j != i of eq. (4)

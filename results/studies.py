@@ -444,14 +444,15 @@ SETTLED = {"dtype", "score_init", "model", "teacher", "data_dir", "forms_sha256"
 
 def is_done(path, options):
     """Whether a run's record is at `path`. ValueError if it is of a run with other options, but for
-    those SETTLED by the run or its machine."""
+    SETTLED ones: those that a run or its machine settles, and paths."""
     if not path.exists():
         return False
-    config = read_json(path)["config"]
-    for name, value in vars(forms.parse(options)).items():
-        found = config.get(name, value)
-        if name not in SETTLED and found != value:
-            raise ValueError(f"{path} is of a run with {name} {found}: this one needs another name")
+    wanted = {"form": None} | vars(forms.parse(options))
+    found = wanted | {"form": None} | read_json(path)["config"]
+    for name, value in wanted.items():
+        if name not in SETTLED and found[name] != value:
+            raise ValueError(f"{path} is of a run with {name} {found[name]}: this one needs another "
+                             "name")
     return True
 
 

@@ -521,6 +521,8 @@ def test_grid_runs_some_at_once_and_each_once(grid, tmp_path, capsys):
     (tmp_path / "out" / "one.json").unlink()
     assert grid(lines) == 0
     assert len(begun("one", tmp_path)) == 2 and len(begun("two", tmp_path)) == 1
+    assert grid([line("one", 50, more="--form snc-times-k")]) == 2
+    assert "one.json is of a run with form None" in capsys.readouterr().err
     assert grid(["one: --task rte --model 50"]) == 2
     assert "one.json is of a run with task sst2: this one needs" in capsys.readouterr().err
 
