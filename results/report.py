@@ -95,14 +95,21 @@ def demo_rows(scores, names, pairs):
     return rows
 
 
+def demo_head(scores, difference):
+    """The head above `demo_rows`, whose methods all have the teacher's seeds."""
+    seeds = len(next(iter(scores.values()))["dense"])
+    return [f"{seeds} seeds", "animals seen in fine-tuning", "known only from pre-training",
+            f"{difference}: seen", "only pre-training"]
+
+
 def demo_table():
     """One row for each of ARMS, and what the contrast adds."""
     pairs = {"cap": ("cap", "kd"), "cap-soft": ("cap-soft", "soft-kd")}
-    rows = demo_rows(arm_scores("demo-arms/"), ARMS_AND_DENSE, pairs)
+    scores = arm_scores("demo-arms/")
+    rows = demo_rows(scores, ARMS_AND_DENSE, pairs)
     floor = [f"{demo_floor(split):.1f}" for split in ("dev", "dev_unseen")]
     rows.append(["the floor: a rule that knows no animal", *floor, "", ""])
-    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
-                  "contrast adds: seen", "only pre-training"], rows)
+    return table(demo_head(scores, "contrast adds"), rows)
 
 
 def demo_verdicts():
@@ -115,9 +122,8 @@ def demo_verdicts():
 def ablation_table():
     """One row for each of DEMO_MODELS, and what CAP-m has more."""
     pairs = {method: ("cap", method) for method in DEMO_MODELS if method != "cap"}
-    rows = demo_rows(arm_scores("demo/"), DEMO_MODELS, pairs)
-    return table(["5 seeds", "animals seen in fine-tuning", "known only from pre-training",
-                  "CAP-m minus this: seen", "only pre-training"], rows)
+    scores = arm_scores("demo/")
+    return table(demo_head(scores, "CAP-m minus this"), demo_rows(scores, DEMO_MODELS, pairs))
 
 
 def save(figure, name):
@@ -170,14 +176,15 @@ def answer_scores():
 
 
 def with_seeds(scores, more, arms):
-    """{(task, metric): {arm: {seed: score}}} with the seeds that these arms have in `more`.
-    AssertionError if they are there already."""
+    """A copy of {(task, metric): {arm: {seed: score}}} with the seeds that these arms have in
+    `more`. AssertionError if they are there already."""
+    joined = {column: dict(found) for column, found in scores.items()}
     for column, found in more.items():
         for arm in arms:
-            seeds = scores[column].setdefault(arm, {})
+            seeds = joined[column].get(arm, {})
             assert not seeds.keys() & found[arm].keys(), f"{arm}: a seed twice"
-            seeds |= found[arm]
-    return scores
+            joined[column][arm] = seeds | found[arm]
+    return joined
 
 
 def answer_table(scores, added):
@@ -227,7 +234,7 @@ def held_out_verdicts():
     """`verdict_table` of the held-out rows, with the two seeds of selection/ added at 3 %, and there
     the runs without KD, which have a teacher of their own."""
     found = sparsity_scores()
-    with_seeds(found["97"], form_scores("selection"), ARMS)
+    found["97"] = with_seeds(found["97"], form_scores("selection"), ARMS)
     densities = [(SPARSITIES[percent], scores) for percent, scores in found.items()]
     return verdict_table([*densities, ("3 %", task_scores("without-kd", ("qqp", "sst2")))])
 

@@ -110,7 +110,8 @@ def test_compare_runs_everything_once(compared, capsys):
     assert (folder / "compare.md").read_text() in out and "step" not in out
 
 
-@pytest.mark.parametrize("options", [["--without", "prc"], ["--meth=structured"]])
+@pytest.mark.parametrize("options", [["--without", "prc"], ["--method=soft"],
+                                     ["--meth=structured"]])
 def test_compare_has_its_own_methods(options, monkeypatch, capsys):
     """One sentence, and nothing is run."""
     monkeypatch.setattr(cap_min, "cap", None)
