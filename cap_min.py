@@ -15,7 +15,7 @@ Glossary: symbol of the equations -> name in the code, shape
     b_j^m     bank[m][j] (D,)         unit pooled vector of example j by ancestor m:
                                       PrC pre-trained, SnC earlier snapshots, FiC fine-tuned
     I, E      index, extra            the batch, and examples drawn from the whole training set
-    C_i, P_i  candidate_index, ...    what anchor i is compared with, and the positives among it
+    C_i, P_i  candidate_index, positive  what anchor i is compared with, positives among it
     tau       temperature             0.1
     W, S, M   weight, scores, mask    a matrix, how much each weight matters, 1 = kept, 0 = pruned
     d(t)      density                 fraction of weights kept at step t; sparsity = 1 - density
@@ -61,6 +61,8 @@ from data_glue import (TASKS, batches, batches_by_length, encode_task, inputs, l
 HERE = Path(__file__).resolve().parent
 
 # ----------------------------------------------------------------------------- masks
+
+SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 
 def topk_mask(scores, density):
     """Bool mask, shaped like `scores`, of its k = round(density * numel) largest entries, at
@@ -356,7 +358,7 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
     """The weighted terms of eq. (8) as {"ce", "kd", "prc", "snc", "fic"}: all but CAP-soft's own.
     extra: rows; K ancestors use the first args.extra // K, together no more than args.extra."""
     # what the labels and the teacher say
-    index, labels = batch["index"], ancestors.labels
+    index, bank_labels = batch["index"], ancestors.labels
     terms = {"ce": args.w_ce * task_loss(logits, batch["labels"])}
     if "kd" not in args.without:
         terms["kd"] = args.w_kd * distillation_loss(logits, ancestors.logits[index],
@@ -365,7 +367,7 @@ def cap_terms(logits, pooled, batch, ancestors, extra, args):
     for name, bank in ancestors.banks.items():
         if not bank:  # SnC, before the first snapshot
             continue
-        unsup, sup = contrastive_loss(pooled, index, labels[index], bank, labels,
+        unsup, sup = contrastive_loss(pooled, index, bank_labels[index], bank, bank_labels,
                                       extra[:args.extra // len(bank)], args.temperature, args.norm)
         terms[name] = args.w_unsup * unsup + args.w_sup * sup  # eq. (8)
     return terms
@@ -391,7 +393,6 @@ def gradient_shares(terms, pooled):
 
 # -------------------------------------------------------------------------- training
 
-SOFT_THRESHOLD = 0.1  # on sigmoid(S), at the end of CAP-soft
 LOG_EVERY = 50  # steps between two lines of log.jsonl
 END_OF_LINE = "\r" if sys.stdout.isatty() else "\n"  # on a terminal the step line is rewritten
 TEACHER, TEACHER_EPOCHS = -1, 3  # the stage before those of pruning, and its epochs
@@ -408,12 +409,10 @@ def make_optimizer(model, args):
     """Adam, with learning rates of their own for weights and scores, which each step sets."""
     weights, scores = [], []
     for name, parameter in model.named_parameters():
-        if name.endswith("scores"):
-            scores.append(parameter)
-        else:
-            weights.append(parameter)
+        group = scores if name.endswith("scores") else weights
+        group.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    return torch.optim.Adam(groups, fused=True)
 
 
 def randomness(*position):
@@ -466,7 +465,6 @@ def train(run, model, data, ancestors=None, dev=None):
         replica = DistributedDataParallel(model)
         replica.broadcast_buffers = False  # all processes have the same masks
     masked = ancestors is not None and args.method != "structured"
-    parameters = list(model.parameters())
     say("step | kept | loss = weighted terms | lr | ms, ex/s, GB | eta")
     model.train()
     while run.epoch < end:
@@ -497,7 +495,7 @@ def train(run, model, data, ancestors=None, dev=None):
                 shares = gradient_shares(terms, pooled)
             # backward, eq. (2), and the step
             sum(terms.values()).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             run.batch += 1
@@ -509,7 +507,8 @@ def train(run, model, data, ancestors=None, dev=None):
                 entry = {"step": first * steps + step, "epoch": run.epoch,
                          "kept": 1 - sparsity_report(model)["total"], "lr": args.lr * factor,
                          "loss": sum(values.values()), **values, "gradient_share": shares,
-                         "ms": 1000 * seconds, "examples_per_second": args.batch_size / seconds}
+                         "ms": 1000 * seconds,
+                         "examples_per_second": min(args.batch_size, len(data)) / seconds}
                 run.log(**entry)
                 eta = timedelta(seconds=int(seconds * (total - step - 1)))
                 line = f"{step + 1}/{total} | {step_line(entry, values, device)} | {eta}"
@@ -761,7 +760,7 @@ class Run:
 def run_config(args, data, dev_sets, model, teacher):
     """What decides the result of a run: flags, rows, weights of the models it is given."""
     digest = hashlib.sha256(str(model.config).encode())
-    for module in (model.bert, teacher):
+    for module in (model, teacher):
         if module is not None:
             for tensor in module.state_dict().values():
                 digest.update(tensor.cpu().numpy())
@@ -942,7 +941,7 @@ FLAGS = {
         ("--mask-lr", 1e-2, positive, "peak learning rate of scores"),
         ("--max-length", 128, number(int, 3), "tokens an example, at most"),
         ("--max-train", None, whole_number, "training rows, drawn by a fixed seed; None: all"),
-        ("--warmup", 0.09, fraction, "share of steps in which rates rise; dense for 2x, cool 3x"),
+        ("--warmup", 0.09, fraction, "share of steps, below 0.2: rates rise; 2x dense, 3x cool"),
         ("--score-init", "auto", ("auto", "zero", "magnitude"), "auto: zero from 30,000 steps on"),
     ],
     "loss, eq. (4) to (8)": [
@@ -968,7 +967,8 @@ FLAGS = {
 def parse(argv):
     """The command line as a namespace."""
     parser = argparse.ArgumentParser(usage="%(prog)s [--task TASK] [--sparsity S] [...]",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, default, kind, meaning in flags:

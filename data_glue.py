@@ -155,7 +155,7 @@ QUOTED = re.compile(r'"(?<![^\t\n]")([^"]*(?:""[^"]*)*)"(?![^\t\r\n])')
 
 def is_quoted(text):
     """Whether a table is as pandas writes it: each field with quotes in it stands in quotes and has
-    its own doubled. GLUE's files have bare quotes, or none that is doubled."""
+    its own doubled. GLUE's files have bare quotes, or none that is doubled: so one is needed."""
     fields = QUOTED.findall(text)
     inside = "".join(fields)
     return '"' in inside and text.count('"') == inside.count('"') + 2 * len(fields)

@@ -105,8 +105,9 @@ FORMS = {  # name: {function of cap_min: what it is in this form}
     "one-topk": {"set_masks": one_topk},
     "smp-s": {"set_soft_masks": by_mean_score},
 }
-METHODS_OF = {  # with others these forms change nothing, or there are no scores
-    "one-topk": ["movement"], "smp-s": ["soft"], "weights-only": ["movement", "soft"]}
+METHODS_OF = {  # with others these forms change nothing, or there is no cubic density or no score
+    "once-pruned": ["magnitude", "movement", "soft"], "one-topk": ["movement"], "smp-s": ["soft"],
+    "weights-only": ["movement", "soft"]}
 
 
 def parse(argv):

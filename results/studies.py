@@ -604,8 +604,7 @@ def main(argv=None):
     try:
         if args.study == "compare":
             for option in rest:
-                flag = option.partition("=")[0]
-                if flag[:2] == "--" and ("--method".startswith(flag) or "--without".startswith(flag)):
+                if option.partition("=")[0] in ("--method", "--without"):
                     raise ValueError("compare sets --method and --without itself")
             run_args = cap_min.parse(rest)
             run_args.out = args.out

@@ -110,13 +110,15 @@ def test_compare_runs_everything_once(compared, capsys):
     assert (folder / "compare.md").read_text() in out and "step" not in out
 
 
-@pytest.mark.parametrize("options", [["--without", "prc"], ["--method=soft"],
-                                     ["--meth=structured"]])
-def test_compare_has_its_own_methods(options, monkeypatch, capsys):
-    """One sentence, and nothing is run."""
+def test_compare_has_its_own_methods(monkeypatch, capsys):
+    """One sentence, and nothing is run. Nor is an abbreviation known, which could hide one."""
     monkeypatch.setattr(cap_min, "cap", None)
-    assert studies.main(["compare", *options]) == 2
-    assert "compare sets --method and --without itself" in capsys.readouterr().err
+    for options in (["--without", "prc"], ["--method=soft"]):
+        assert studies.main(["compare", *options]) == 2
+        assert "compare sets --method and --without itself" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        studies.main(["compare", "--meth=structured"])
+    assert "unrecognized arguments: --meth" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------- probe
@@ -315,7 +317,8 @@ def test_every_form_changes_what_is_there(monkeypatch):
     ran = []
     monkeypatch.setattr(cap_min, "cap", ran.append)
     monkeypatch.setattr(cap_min, "tune_cpu", lambda: None)
-    for form, method in (("one-topk", "soft"), ("weights-only", "magnitude")):
+    for form, method in (("one-topk", "soft"), ("weights-only", "magnitude"),
+                         ("once-pruned", "structured")):
         with pytest.raises(SystemExit):
             forms.parse(["--form", form, "--method", method])
     assert forms.main(["--form", "once-pruned", "--method", "movement", "--seed", "3"]) == 0
