@@ -370,17 +370,18 @@ FORM_NAMES = {  # FORM in the name of a record's file: the name of its row
     "soft-once-pruned": "CAP-soft, contrast once pruning begins"}
 
 
-def held_out(folder):
-    """{TASK-FORM-seedN: record} of a folder of results/. AssertionError unless the runs of a task
+def held_out(*folders):
+    """{TASK-FORM-seedN: record} of folders of results/. AssertionError unless the runs of a task
     and seed share rows, source, teacher, epochs, batches, learning rate and number type."""
     records, common = {}, {}
-    for path in sorted((HERE / folder).glob("*.json")):
-        record = records[path.stem] = read_json(path)
-        config = record["config"]
-        fixed = [config.get(name) for name in ("epochs", "batch_size", "lr", "dtype")]
-        facts = fixed, setting(record)[1:]
-        assert common.setdefault((config["task"], record["seed"]), facts) == facts, (
-            f"{path}: not as others")
+    for folder in folders:
+        for path in sorted((HERE / folder).glob("*.json")):
+            record = records[path.stem] = read_json(path)
+            config = record["config"]
+            fixed = [config.get(name) for name in ("epochs", "batch_size", "lr", "dtype")]
+            facts = fixed, setting(record)[1:]
+            assert common.setdefault((config["task"], record["seed"]), facts) == facts, (
+                f"{path}: not as others")
     return records
 
 
@@ -392,11 +393,11 @@ def by_form(records):
     return found
 
 
-def form_scores(folder):
-    """`by_form` of the records in a folder of results/. AssertionError unless all have the same
+def form_scores(*folders):
+    """`by_form` of the records in folders of results/. AssertionError unless all have the same
     sparsity."""
-    records = held_out(folder)
-    assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folder
+    records = held_out(*folders)
+    assert len({record["config"].get("sparsity") for record in records.values()}) == 1, folders
     return by_form(records)
 
 
@@ -485,11 +486,15 @@ STRUCTURED = {"cap": "CAP-f", "kd": "CAP-f without contrast", "lower3": "the low
 
 def structured_scores(task):
     """{run of STRUCTURED: {percent of encoder weights left: {seed: score}}} on 2,000 held-out rows:
-    at the end of each stage of CAP-f, and of a model of fewer layers after its last epoch."""
-    found = {}
+    at the end of each stage of CAP-f, and of a model of fewer layers after its last epoch.
+    AssertionError unless the runs of a seed share rows, source and teacher."""
+    found, common = {}, {}
     for run in STRUCTURED:
         scores = found[run] = {}
         for path in sorted(HERE.glob(f"structured/{task}-{run}-seed*.jsonl")):
+            record = read_json(path.with_suffix(".json"))
+            facts = setting(record)[1:]
+            assert common.setdefault(record["seed"], facts) == facts, f"{path}: not as others"
             for entry in pruning_log(f"structured/{path.stem}"):
                 if "dev" not in entry:
                     continue
@@ -497,7 +502,7 @@ def structured_scores(task):
                 if run.startswith("lower"):  # whose record knows nothing of the layers above
                     left *= int(run[-1]) / 6
                 seeds = scores.setdefault(round(100 * left), {})
-                seeds[path.stem[-1]] = 100 * entry["dev"]["accuracy"]
+                seeds[record["seed"]] = 100 * entry["dev"]["accuracy"]
     return found
 
 
@@ -697,6 +702,7 @@ TABLES = {"demo": demo_table, "demo-sparsities": demo_verdicts,
           "ablations": ablation_table, "probes": probe_table, "geometry": geometry_table,
           "selection": lambda: forms_table(form_scores("selection")),
           "other-forms": lambda: forms_table(form_scores("other-forms")),
+          "temperature": lambda: forms_table(form_scores("without-kd", "temperature")),
           "fewer-rows": fewer_rows_table,
           "forms-90": lambda: forms_table(ten_percent()), "density": density_table,
           "structured": structured_table, "speed": speed_table,

@@ -152,9 +152,10 @@ def test_seeds_of_a_table():
 def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
     """CAP-f has a row after each stage, with the mean of its seeds and what the contrast adds; of
     fewer layers the score after the last of two epochs counts, and 3 of 6 layers are half of the
-    weights."""
+    weights. A run with another teacher than the others of its seed is refused."""
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "structured").mkdir()
+    record = {"config": {}, "train_sha256": "a", "source_sha256": "b", "dense": {"accuracy": 0.9}}
     for run, scores in {"sst2-cap-seed0": [(0.899, 0.9), (0.5, 0.8)],
                         "sst2-cap-seed1": [(0.9, 0.7)], "sst2-kd-seed0": [(0.9, 0.7)],
                         "mnli-lower3-seed0": [(1, 0.5), (1, 0.6)],
@@ -163,10 +164,16 @@ def test_stages_beside_fewer_layers(tmp_path, monkeypatch):
         for kept, accuracy in scores:
             lines.append({"phase": "prune", "kept": kept, "dev": {"accuracy": accuracy}})
         (tmp_path / "structured" / f"{run}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / "structured" / f"{run}.json").write_text(
+            json.dumps(record | {"seed": int(run[-1])}))
     assert report.structured_table().splitlines()[2:] == [
         "| sst2 | 90 % | 80.0 ± 14.1 | 70.0 |  |  | +20.00 (n = 1) |",
         "| sst2 | 50 % | 80.0 |  |  |  | no common seed |",
         "| sst2 | 17 % |  |  |  | 40.0 |  |", "| mnli | 50 % |  |  | 60.0 |  |  |"]
+    (tmp_path / "structured" / "sst2-kd-seed0.json").write_text(
+        json.dumps(record | {"seed": 0, "dense": {"accuracy": 0.8}}))
+    with pytest.raises(AssertionError, match="sst2-kd-seed0.*: not as others"):
+        report.structured_table()
 
 
 def test_scores_beside_speed(tmp_path, monkeypatch):
@@ -229,7 +236,7 @@ def test_records_are_runs_of_their_lists(path):
 
 def test_every_record_of_a_form_is_in_a_table():
     """Of each folder that `forms_table` shows; in sparsity/ those without KD are in others."""
-    for folder in ("selection", "other-forms", "sparsity"):
+    for folder in ("selection", "other-forms", "temperature", "sparsity"):
         names = {re.fullmatch(r"[a-z0-9]+-(.+?)(-\d\d)?-seed\d", path.stem)[1]
                  for path in (HERE / folder).glob("*.json")}
         assert names <= {*report.FORM_NAMES, *report.WITHOUT_KD}
