@@ -376,6 +376,7 @@ def held_out(*folders):
     records, common = {}, {}
     for folder in folders:
         for path in sorted((HERE / folder).glob("*.json")):
+            assert path.stem not in records, f"{path}: there twice"
             record = records[path.stem] = read_json(path)
             config = record["config"]
             fixed = [config.get(name) for name in ("epochs", "batch_size", "lr", "dtype")]

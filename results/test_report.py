@@ -67,6 +67,11 @@ def test_forms_share_their_teacher(tmp_path, monkeypatch):
     assert "| sst2, accuracy | minus row 1 |" in head
     assert rows == ["| movement + KD | 55.0 ± 7.1 |  |",
                     "| CAP-m | 85.0 ± 7.1 | +30.00 ± 10.00 (n = 2) |"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "sst2-cap-seed1.json").rename(tmp_path / "more" / "sst2-cap-seed1.json")
+    assert report.form_scores(".", "more")["sst2", "accuracy"]["cap"] == {0: 90, 1: 80}
+    with pytest.raises(AssertionError, match="there twice"):
+        report.form_scores("more", "more")
     for change in ({"dense": {"accuracy": 1}}, {"config": {"task": "sst2", "epochs": 3}}):
         (tmp_path / "sst2-cap-seed1.json").write_text(json.dumps(record | change))
         with pytest.raises(AssertionError, match="seed1.json: not as others"):

@@ -116,7 +116,7 @@ def test_compare_has_its_own_methods(monkeypatch, capsys):
     for options in (["--without", "prc"], ["--method=soft"]):
         assert studies.main(["compare", *options]) == 2
         assert "compare sets --method and --without itself" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         studies.main(["compare", "--meth=structured"])
     assert "unrecognized arguments: --meth" in capsys.readouterr().err
 
