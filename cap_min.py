@@ -412,7 +412,7 @@ def make_optimizer(model, args):
         group = scores if name.endswith("scores") else weights
         group.append(parameter)
     groups = [{"params": weights, "peak": args.lr}, {"params": scores, "peak": args.mask_lr}]
-    return torch.optim.Adam(groups, fused=True)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def randomness(*position):
